@@ -14,7 +14,9 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm import tqdm
 
+from dyrate.datasets import Examples
 from dyrate.engine import observe
 from dyrate.segments import SEGMENTS, Segments, find_segments, system_ids
 
@@ -80,6 +82,22 @@ def record(
     with observe(model, recorder), torch.inference_mode():
         output = model.generate(**inputs, **settings)
     return recorder.recordings(output[:, inputs["input_ids"].shape[1] :], model, processor, names, tasks)
+
+
+def record_examples(
+    model, processor, examples: Examples, *, max_new_tokens: int = 64, batch_size: int = 16, image_rows: bool = False, progress: bool = True
+) -> list[Recording]:  # fmt: skip
+    """`record` for every example whose image can be read, batch by batch."""
+    found = []
+    bar = tqdm(total=len(examples), desc="recording attention", disable=not progress)
+    for batch, images in examples.batches(batch_size):
+        found += record(
+            model, processor, images, [e.prompt for e in batch], max_new_tokens=max_new_tokens, image_rows=image_rows,
+            names=[e.name for e in batch], tasks=[e.task for e in batch],
+        )  # fmt: skip
+        bar.update(len(batch))
+    bar.close()
+    return found
 
 
 def encode(processor, images: Iterable, prompts: list[str]):

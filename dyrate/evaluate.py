@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from dyrate.attention import encode
 from dyrate.datasets import Example, Examples

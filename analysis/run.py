@@ -1,0 +1,191 @@
+"""Run the study's notebooks with papermill: measure, record where each number comes from, skip what is up to date.
+
+    python analysis/run.py --profile pocket                 # every chapter
+    python analysis/run.py --profile smoke --only 01 --force
+    python analysis/run.py --profile my_photos.yaml         # a parameter file of your own
+    python analysis/run.py --profile pocket --check         # rerun, compare with the committed results
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import papermill
+import yaml
+from jupyter_client.kernelspec import KernelSpecManager
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "analysis").glob("[0-9][0-9]_*.ipynb"))
+PACKAGES = ("torch", "transformers", "numpy", "pandas", "matplotlib", "pillow", "papermill", "pycocoevalcap")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", default="pocket", help="a name in analysis/params, or a YAML file")
+    parser.add_argument("--only", nargs="+", default=[], help="numbers of chapters, such as 01")
+    parser.add_argument("--force", action="store_true", help="run also what is up to date")
+    parser.add_argument("--check", action="store_true", help="measure anew elsewhere and compare with the committed results")
+    given = parser.parse_args(argv)
+    try:
+        profile, parameters = read_profile(given.profile)
+        chosen = choose(given.only)
+        plan = [(notebook, parameters_of(notebook, parameters)) for notebook in chosen]
+        check_kernel()
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if given.check:
+        return check(profile, plan)
+    for notebook, values in plan:
+        if not run(notebook, profile, values, force=given.force):
+            return 1
+    return 0
+
+
+def read_profile(name: str) -> tuple[str, dict[str, dict]]:
+    """A profile's name and its parameters: a mapping from "all" or a notebook's name to values."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else ROOT / "analysis" / "params" / f"{name}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in (ROOT / "analysis" / "params").glob("*.yaml")))
+        raise FileNotFoundError(f"no profile {name!r}: name a YAML file or one of {known}")
+    content = yaml.safe_load(path.read_text()) or {}
+    stems = {notebook.stem for notebook in NOTEBOOKS}
+    if not isinstance(content, dict) or any(not isinstance(v, dict) for v in content.values()):
+        raise ValueError(f"{path}: expected sections ('all' or a notebook's name) of parameters")
+    if unknown := set(content) - stems - {"all"}:
+        raise ValueError(f"{path}: no notebook is called {sorted(unknown)}; there are {sorted(stems)}")
+    return path.stem, content
+
+
+def choose(only: list[str]) -> list[Path]:
+    """The notebooks whose names begin with one of `only`; all of them without any."""
+    chosen = [n for n in NOTEBOOKS if not only or any(n.name.startswith(o) for o in only)]
+    missing = [o for o in only if not any(n.name.startswith(o) for n in NOTEBOOKS)]
+    if missing:
+        raise ValueError(f"no notebook begins with {missing}; there are {[n.stem for n in NOTEBOOKS]}")
+    return chosen
+
+
+def parameters_of(notebook: Path, profile: dict[str, dict]) -> dict:
+    """The profile's values for one notebook; an unknown parameter is an error (papermill would only warn)."""
+    values = {**profile.get("all", {}), **profile.get(notebook.stem, {})}
+    known = papermill.inspect_notebook(str(notebook))
+    if unknown := set(values) - set(known):
+        raise ValueError(f"{notebook.name} has no parameter {sorted(unknown)}; it has {sorted(known)}")
+    return values
+
+
+def check_kernel() -> None:
+    """The notebooks must run in this interpreter, not in a kernel that some other installation left behind."""
+    command = KernelSpecManager().get_kernel_spec("python3").argv[0]
+    if os.path.isabs(command) and not os.path.samefile(command, sys.executable):
+        raise ValueError(
+            f"the Jupyter kernel 'python3' starts {command}, not {sys.executable}: unset JUPYTER_PATH or remove that kernel "
+            "with `jupyter kernelspec remove python3`"
+        )
+
+
+def run(notebook: Path, profile: str, values: dict, *, force: bool = False) -> bool:
+    """Execute one notebook into build/analysis/<profile>; False if a cell failed."""
+    executed = ROOT / "build" / "analysis" / profile / notebook.name
+    results = ROOT / values.get("results", f"data/results/{profile}")
+    headline = results / f"{notebook.stem}.json"
+    state = fingerprint(notebook, values)
+    if not force and executed.exists() and headline.exists():
+        if json.loads(headline.read_text()).get("provenance", {}).get("fingerprint") == state:
+            print(f"{notebook.stem}: up to date")
+            return True
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    part = executed.with_suffix(".part.ipynb")
+    failed = executed.with_suffix(".failed.ipynb")
+    failed.unlink(missing_ok=True)
+    print(f"{notebook.stem}: running with profile {profile}", flush=True)
+    begun = time.monotonic()
+    try:
+        papermill.execute_notebook(
+            str(notebook), str(part), {**values, "results": str(results.relative_to(ROOT))},
+            kernel_name="python3", cwd=str(ROOT), progress_bar=True,
+        )  # fmt: skip
+    except papermill.PapermillExecutionError as error:
+        part.replace(failed)
+        print(f"error: cell {error.cell_index} of {notebook.name} failed: {error.ename}: {error.evalue}", file=sys.stderr)
+        print(f"the notebook as it stood: {failed.relative_to(ROOT)}", file=sys.stderr)
+        return False
+    content = json.loads(headline.read_text())
+    content["provenance"] = provenance(profile, values, state, time.monotonic() - begun)
+    temporary = headline.with_suffix(".part")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, headline)
+    part.replace(executed)
+    print(f"{notebook.stem}: done in {content['provenance']['seconds']} s")
+    return True
+
+
+def fingerprint(notebook: Path, values: dict) -> str:
+    """A hash of all that a result depends on: notebook, parameters, the library, and the model or data in local folders."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    files = [notebook, *sorted((ROOT / "dyrate").rglob("*.py")), ROOT / "dyrate" / "study.mplstyle"]
+    for name in (values.get("model", "pocket"), values.get("source", "pocket")):
+        folder = ROOT / "data" / "pocket" if name == "pocket" else ROOT / str(name)
+        if folder.is_dir():
+            files += [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    for path in files:
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes() if path.stat().st_size < 2**26 else str(path.stat()).encode())
+    return digest.hexdigest()
+
+
+def provenance(profile: str, values: dict, state: str, seconds: float) -> dict:
+    """Where a result comes from: enough to make it again."""
+    import torch
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "profile": profile, "parameters": values, "commit": git("rev-parse", "HEAD") or None,
+        "uncommitted_changes": bool(git("status", "--porcelain", "--", "dyrate", "analysis", "data/pocket")),
+        "fingerprint": state, "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "device": gpu or f"{platform.machine()} CPU, {os.cpu_count()} cores", "seconds": round(seconds, 1),
+    }  # fmt: skip
+
+
+def check(profile: str, plan: list[tuple[Path, dict]]) -> int:
+    """Measure into build/check and compare each headline number with the committed reference and its interval."""
+    elsewhere = ROOT / "build" / "check" / profile
+    shutil.rmtree(elsewhere, ignore_errors=True)
+    differing = 0
+    for notebook, values in plan:
+        reference = ROOT / "data" / "results" / profile / f"{notebook.stem}.json"
+        if not reference.exists():
+            print(f"error: no committed reference {reference.relative_to(ROOT)}", file=sys.stderr)
+            return 2
+        if not run(notebook, f"check-{profile}", {**values, "results": str(elsewhere.relative_to(ROOT))}, force=True):
+            return 1
+        measured = json.loads((elsewhere / f"{notebook.stem}.json").read_text())["numbers"]
+        for key, expected in json.loads(reference.read_text())["numbers"].items():
+            found = measured.get(key, {}).get("value")
+            low, high = expected.get("low", expected["value"]), expected.get("high", expected["value"])
+            slack = 1e-6 * max(1.0, abs(expected["value"]))
+            agrees = found is not None and low - slack <= found <= high + slack
+            differing += not agrees
+            shown = "missing" if found is None else f"{found:.4g}"
+            print(f"{'agrees ' if agrees else 'DIFFERS'} {notebook.stem} {key}: {shown}, reference {expected['value']:.4g} [{low:.4g}, {high:.4g}]")
+    print(f"{differing} of the headline numbers differ from the reference" if differing else "every headline number agrees")
+    return 1 if differing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

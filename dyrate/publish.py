@@ -1,0 +1,59 @@
+"""From measured numbers to the book: the only file that knows MyST.
+
+A notebook opens one `Chapter`, hands it its numbers, tables and finding, and closes it. Numbers are glued, so that prose on
+any page can cite them without typing them, and written to `NN_name.json` with their intervals.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pandas as pd
+from IPython.display import Markdown
+from myst_nb import glue
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Chapter:
+    """What one notebook measured. results: folder of the profile's results, relative to the repository."""
+
+    def __init__(self, name: str, results: str):
+        self.name = name
+        self.folder = ROOT / results
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.numbers: dict[str, dict] = {}
+
+    def number(self, key: str, value: float | dict) -> None:
+        """Record and glue a headline number: a plain value, or {"value", "low", "high", "n"} with its interval.
+
+        Prose cites `key`, and of an interval `key_low` and `key_high`.
+        """
+        found = value if isinstance(value, dict) else {"value": float(value)}
+        self.numbers[key] = {k: float(v) if k != "n" else int(v) for k, v in found.items()}
+        glue(key, float(found["value"]), display=False)
+        for end in ("low", "high"):
+            if end in found:
+                glue(f"{key}_{end}", float(found[end]), display=False)
+
+    def text(self, key: str, text: str) -> None:
+        """Glue a computed sentence or name as Markdown."""
+        glue(key, Markdown(text), display=False)
+
+    def table(self, file: str, frame: pd.DataFrame) -> None:
+        """Write the rows behind a figure as CSV."""
+        path = self.folder / file
+        write_whole(path, frame.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+
+    def close(self) -> None:
+        """Write the headline numbers: only now does the chapter count as measured."""
+        write_whole(self.folder / f"{self.name}.json", json.dumps({"numbers": self.numbers}, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
