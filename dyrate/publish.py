@@ -39,8 +39,9 @@ class Chapter:
                 glue(f"{key}_{end}", float(found[end]), display=False)
 
     def text(self, key: str, text: str) -> None:
-        """Glue a computed sentence or name as Markdown."""
+        """Glue a computed sentence as Markdown, and as `key_plain` for other pages, to which only plain text crosses."""
         glue(key, Markdown(text), display=False)
+        glue(f"{key}_plain", text.replace("**", "").replace("`", ""), display=False)
 
     def table(self, file: str, frame: pd.DataFrame) -> None:
         """Write the rows behind a figure as CSV."""

@@ -1,0 +1,131 @@
+"""Build the book from executed notebooks: python book/build.py --profile pocket
+
+Takes the notebooks that analysis/run.py executed for a profile, writes the page that says how each was made, and renders
+everything with warnings as errors into book/_build/html. Nothing is executed here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+
+BOOK = Path(__file__).resolve().parent
+ROOT = BOOK.parent
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--profile", default="pocket", help="whose executed notebooks to show")
+    parser.add_argument("--repository", default=os.environ.get("GITHUB_REPOSITORY"), help="owner/name on GitHub, for links")
+    parser.add_argument("--out", type=Path, default=BOOK / "_build")
+    given = parser.parse_args(argv)
+    executed = ROOT / "build" / "analysis" / given.profile
+    pages = sorted(executed.glob("[0-9][0-9]_*.ipynb"))
+    pages = [p for p in pages if not p.name.endswith((".failed.ipynb", ".part.ipynb"))]
+    if not pages:
+        print(f"error: no executed notebook for profile {given.profile}: run `python analysis/run.py --profile {given.profile}`")
+        return 2
+    if failed := sorted(executed.glob("*.failed.ipynb")):
+        print(f"error: {failed[0].relative_to(ROOT)} failed; mend it and run it again before building the book")
+        return 2
+    shutil.rmtree(BOOK / "analysis", ignore_errors=True)
+    (BOOK / "analysis").mkdir()
+    made = []
+    for page in pages:
+        notebook = nbformat.read(page, 4)
+        results = ROOT / parameter(notebook, "results")
+        nbformat.write(with_links(notebook, page.name, given.repository), BOOK / "analysis" / page.name)
+        made.append((page.stem, title(notebook), json.loads((results / f"{page.stem}.json").read_text())))
+        for picture in results.glob("*_words.png"):
+            shutil.copy(picture, BOOK / "_assets" / "hero.png")
+    (BOOK / "made.md").write_text(how_made(made, results))
+    program = "from jupyter_book.cli.main import main; main()"  # the command of this interpreter, wherever PATH leads
+    options = ["--path-output", str(given.out.parent), "-W", "-n", "--keep-going", "-q"]
+    command = [sys.executable, "-c", program, "build", str(BOOK), *options]
+    shutil.rmtree(given.out, ignore_errors=True)
+    done = subprocess.run(command, cwd=ROOT).returncode
+    if done == 0:
+        print(f"the book: {given.out / 'html' / 'index.html'}")
+    return done
+
+
+def parameter(notebook, name: str):
+    """The value with which papermill ran a notebook."""
+    return notebook.metadata["papermill"]["parameters"][name]
+
+
+def title(notebook) -> str:
+    first = next(c.source for c in notebook.cells if c.cell_type == "markdown" and "# " in c.source)
+    return next(line[2:] for line in first.splitlines() if line.startswith("# "))
+
+
+def with_links(notebook, name: str, repository: str | None):
+    """Add, under the title, links to the source notebook: the one without outputs that a reader runs."""
+    links = [f"{{download}}`Download the source notebook <../../analysis/{name}>`"]
+    if repository:
+        links += [
+            f"[source on GitHub](https://github.com/{repository}/blob/main/analysis/{name})",
+            f"[run it on Binder](https://mybinder.org/v2/gh/{repository}/HEAD?labpath=analysis/{name})",
+        ]
+    cell = nbformat.v4.new_markdown_cell(" · ".join(links))
+    notebook.cells.insert(1, cell)
+    return notebook
+
+
+def how_made(made: list, results: Path) -> str:
+    """The page that says where every number comes from."""
+    lines = [
+        "(how-made)=", "# How this was made", "",
+        "Each chapter is a notebook that papermill executed with the parameters below; the book executes nothing. Headline "
+        "numbers are in `data/results/`, with 95 % bootstrap intervals, and `make check-results` measures them again.", "",
+    ]  # fmt: skip
+    for name, heading, content in made:
+        about = content["provenance"]
+        packages = ", ".join(f"{k} {v}" for k, v in about["packages"].items())
+        changed = " with uncommitted changes" if about["uncommitted_changes"] else ""
+        lines += [
+            f"## {heading}", "", "| | |", "|---|---|",
+            f"| notebook | `analysis/{name}.ipynb` |", f"| profile | `{about['profile']}` |",
+            f"| parameters | `{json.dumps(about['parameters'])}` |",
+            f"| commit | `{(about['commit'] or 'none')[:12]}`{changed} |",
+            f"| device | {about['device']} |", f"| duration | {about['seconds']:.0f} s |",
+            f"| versions | Python {about['python']}, {packages} |", "",
+        ]  # fmt: skip
+    lines += pocket_section(results)
+    return "\n".join(lines) + "\n"
+
+
+def pocket_section(results: Path) -> list[str]:
+    """How the pocket LLaVA was trained and how well it sees, from the records that its programs wrote."""
+    record = json.loads((ROOT / "data" / "pocket" / "training.json").read_text())
+    lines = [
+        "## The pocket LLaVA", "",
+        f"Trained by `{record['command']}` on {record['scenes_seen']:,} rendered scenes in {record['hours']} hours on "
+        f"{record['device']} (seed {record['config']['seed']}).",
+    ]  # fmt: skip
+    quality = ROOT / "data" / "results" / "pocket" / "pocket_quality.json"
+    if quality.exists():
+        from dyrate.pocket.quality import BARS
+
+        found = json.loads(quality.read_text())
+        n = found["cider_short"]["n"]
+        lines += [
+            f"Measured on {n:,} scenes that it has never seen; *cider short* in units where papers print 100 for 1.0.", "",
+            "| measure | measured | 95 % interval | wanted | |", "|---|---|---|---|---|",
+        ]  # fmt: skip
+        for name, bar in BARS.items():
+            f = found[name]
+            met = "met" if f["value"] >= bar else "missed"
+            lines.append(f"| {name.replace('_', ' ')} | {f['value']:.3f} | {f['low']:.3f} to {f['high']:.3f} | {bar} | {met} |")
+    return [*lines, ""]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
