@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface
 
 from dyrate.pocket import language
-from dyrate.pocket.scenes import COLOURS, GRID, THINGS, WORDS, Scene, compose, render, seeds
+from dyrate.pocket.scenes import COLOURS, GRID, PLACES, THINGS, WORDS, Scene, compose, render, seeds
 from dyrate.pocket.vlm import SYSTEM, build_model, build_processor
 
 IGNORE = -100
@@ -54,7 +54,7 @@ class Config:
     tower_steps: int = 1250
     tower_batch: int = 64
     tower_rate: float = 2e-3
-    language_steps: int = 2500
+    language_steps: int = 2900
     language_batch: int = 24
     language_rate: float = 1.5e-3
     tower_share: float = 0.3  # of that rate, for the tower
@@ -91,6 +91,7 @@ class Lab(nn.Module):
         self.words = nn.Embedding(len(processor.tokenizer), width, padding_idx=processor.tokenizer.pad_token_id)
         self.cls = nn.Linear(width, 128)
         self.scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.align = nn.RMSNorm(self.model.config.text_config.hidden_size)
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels (batch, 3, 168, 168) -> patches (batch, 144, width) of the used layer, pooled [CLS] (batch, width)."""
@@ -117,6 +118,18 @@ class Lab(nn.Module):
         scores["cls"] = (similarity.argmax(1) == same).float().mean()
         contrast = (F.cross_entropy(similarity, same) + F.cross_entropy(similarity.T, same)) / 2
         return sum(losses) + 0.2 * contrast, scores
+
+    def word_loss(self, patches: Tensor, words: Tensor) -> Tensor:
+        """A dense objective in the decoder's own words: projected patches should resemble what is said of their group.
+
+        words (batch, 144, 5): tokens of count, colour, thing and place. Without it the tower forgets where a patch is,
+        and the words for places stay at chance long after those for things are right.
+        """
+        shown = (words != IGNORE).any(-1)
+        features = self.align(self.model.model.multi_modal_projector(patches[shown]).float())
+        logits = features @ self.model.model.language_model.embed_tokens.weight.T
+        chances = logits.float().log_softmax(-1).gather(1, words[shown].clamp(min=0))
+        return -chances[words[shown] != IGNORE].mean()
 
     def language_loss(self, patches: Tensor, batch: dict, n_kept: int, drop_layer: int) -> tuple[Tensor, dict]:
         """Next-token loss over all packed turns. n_kept: image tokens that layers >= drop_layer see."""
@@ -190,6 +203,8 @@ class Batches(Dataset):
         batch |= {f"patch_{k}": torch.from_numpy(np.stack([x[k] for x in labels])) for k in labels[0]}
         batch["caption"] = _padded([self._ids(language.captions(s, 1)[0]) for s in scenes], 0)
         if self.stage == "language":
+            words = [self._patch_words(*both) for both in zip(scenes, pictures, strict=True)]
+            batch["patch_words"] = torch.from_numpy(np.stack(words))
             rows = [self._packed(scene) for scene in scenes]
             fill = {"ids": 0, "turn": -1, "positions": 0, "labels": IGNORE, "weight": 0.0, "slot": 0}
             batch |= {k: _padded([row[k] for row in rows], fill[k]) for k in fill}
@@ -198,6 +213,15 @@ class Batches(Dataset):
     def _ids(self, text: str, first: bool = False) -> list[int]:
         ids = self.tokenizer(text)["input_ids"]
         return ids if first else ids[1:]  # without the leading <s>
+
+    def _patch_words(self, scene: Scene, picture) -> np.ndarray:
+        """Tokens (144, 5) of the words for each patch's group: count, colour, thing, and one or two for its place."""
+        found = np.full((GRID, GRID, 5), IGNORE)
+        for group, cover in zip(scene.groups, picture.cover, strict=True):
+            words = language.noun_phrase(group).split()
+            said = [words[0], words[1], words[-1], *PLACES[group.place].split()]
+            found[cover, : len(said)] = self.tokenizer.convert_tokens_to_ids(said)
+        return found.reshape(N_PATCHES, 5)
 
     def _turns(self, scene: Scene) -> list[language.Turn]:
         rng = random.Random(f"turns {scene.seed}")
@@ -261,6 +285,8 @@ def _padded(rows: list[list], fill) -> Tensor:
 
 class Run:
     """Training state on disk: weights, optimizer moments, step and history; written whole or not at all."""
+
+    save_seconds = 120.0
 
     def __init__(self, work: Path, config: Config, device: str):
         self.work, self.config, self.device = work, config, device
@@ -327,6 +353,7 @@ class Run:
         saved = begun = time.monotonic()
         for batch in bar:
             step = self.done[stage]
+            torch.manual_seed(step)  # which tokens a step drops does not depend on interruptions
             for group in optimizer.param_groups:
                 group["lr"] = getattr(config, f"{stage}_rate") * _schedule(step, steps) * group["share"]
             batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
@@ -336,7 +363,8 @@ class Run:
                 loss, scores = self.lab.tower_loss(patches, pooled, batch)
                 if stage == "language":
                     more, told = self.lab.language_loss(patches, batch, self._n_kept(step, steps), config.drop_layer)
-                    loss, scores = 0.3 * loss + more, scores | told
+                    loss = 0.3 * (loss + self.lab.word_loss(patches, batch["patch_words"])) + more
+                    scores = {f"sees_{k}": v for k, v in scores.items()} | told
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.lab.parameters(), 1.0)
@@ -348,7 +376,7 @@ class Run:
             if self.done[stage] % 50 == 0:
                 self.history.append({"stage": stage, "step": self.done[stage], **{k: round(v, 4) for k, v in mean.items()}})
             now = time.monotonic()
-            if now - saved > 120 or self.done[stage] == steps:
+            if now - saved > self.save_seconds or self.done[stage] == steps:
                 self.seconds += now - begun
                 saved = begun = now
                 self.save(optimizer)
