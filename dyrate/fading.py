@@ -112,7 +112,7 @@ def course_by_task(recordings: list[Recording], bins: int = 12) -> pd.DataFrame:
                 for found, part in zip(binned, np.array_split(course, bins), strict=True):
                     found.append(part.mean())
         rows += [{"task": task, "position": (i + 0.5) / bins, **bootstrap(v)} for i, v in enumerate(binned) if v]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["task", "position", "value", "low", "high", "n"])
 
 
 def clock(recordings: list[Recording]) -> dict[str, dict]:
@@ -194,11 +194,16 @@ def _naming(thing: str) -> list[str]:
 
 def verdict(found: pd.DataFrame) -> str:
     """One sentence: does the raw share fall, and does it still once the growing response is taken out?"""
+    if found.n.max() == 0:
+        return "**The answers are too short to compare their beginnings with their ends.**"
     parts = []
     for depth in ("shallow", "deep"):
         rows = found[found.depth == depth].set_index("measure")
         raw, undiluted = rows.loc["raw"], rows.loc["undiluted"]
-        parts.append(f"in {depth} layers the image's share of all attention {_moved(raw)}, and {_moved(undiluted)} once the attention to the response itself is set aside")
+        parts.append(
+            f"in {depth} layers the image's share of all attention {_moved(raw)}, and {_moved(undiluted)} once the attention to "
+            "the response itself is set aside"
+        )
     raw = found[found.measure == "raw"]
     rest = found[found.measure == "undiluted"]
     if (raw.high < 0).any() and not (rest.high < 0).any():

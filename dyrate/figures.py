@@ -152,6 +152,7 @@ def words_on_image(picture, grids: list[np.ndarray], words: list[str]) -> Figure
     """One picture, and where the attention lies in it while each of some words is generated. grids: (rows, columns)."""
     columns = len(words) + 1
     figure, axes = _axes(1.75 * columns, 2.1, columns)
+    axes = np.atleast_1d(axes)
     axes[0].imshow(picture)
     axes[0].set_title("picture", fontsize=10)
     side = picture.size[0]

@@ -1,0 +1,210 @@
+"""The study as a user runs it: the runner, a notebook on profile smoke, the book, and the book in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import nbformat
+import pytest
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "analysis"))
+import run as runner  # noqa: E402
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def study(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "analysis/run.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def smoke():
+    """The whole study on profile smoke; pocket's committed results must not change."""
+    before = {p: p.read_bytes() for p in (ROOT / "data" / "results" / "pocket").glob("*")}
+    done = study("--profile", "smoke", "--force")
+    assert done.returncode == 0, done.stderr
+    assert {p: p.read_bytes() for p in (ROOT / "data" / "results" / "pocket").glob("*")} == before
+    return ROOT / "data" / "results" / "smoke"
+
+
+@pytest.fixture(scope="session")
+def book(smoke, tmp_path_factory):
+    """The book of profile smoke, built with warnings as errors, away from the user's own."""
+    out = tmp_path_factory.mktemp("book") / "_build"
+    done = subprocess.run(
+        [sys.executable, "book/build.py", "--profile", "smoke", "--out", str(out)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out / "html"
+
+
+def test_smoke_writes_results_with_provenance(smoke):
+    for notebook in runner.NOTEBOOKS:
+        content = json.loads((smoke / f"{notebook.stem}.json").read_text())
+        assert content["numbers"]
+        about = content["provenance"]
+        assert about["profile"] == "smoke"
+        assert about["seconds"] > 0
+        assert about["packages"]["torch"]
+        for number in content["numbers"].values():
+            assert number.get("low", number["value"]) <= number["value"] <= number.get("high", number["value"])
+        assert list(smoke.glob(f"{notebook.stem}*.csv"))
+
+
+def test_what_is_up_to_date_is_skipped(smoke):
+    written = (smoke / "01_attention.json").stat().st_mtime_ns
+    done = study("--profile", "smoke", "--only", "01")
+    assert done.returncode == 0
+    assert "up to date" in done.stdout
+    assert (smoke / "01_attention.json").stat().st_mtime_ns == written
+
+
+def test_an_unknown_parameter_is_an_error(tmp_path):
+    (tmp_path / "typo.yaml").write_text("01_attention: {max_new_token: 3}\n")
+    done = study("--profile", str(tmp_path / "typo.yaml"))
+    assert done.returncode == 2
+    assert "01_attention.ipynb has no parameter ['max_new_token']" in done.stderr
+    (tmp_path / "typo.yaml").write_text("01_atention: {n: 3}\n")
+    assert "no notebook is called ['01_atention']" in study("--profile", str(tmp_path / "typo.yaml")).stderr
+    assert "no profile 'pockets'" in study("--profile", "pockets").stderr
+    assert "no notebook begins with ['77']" in study("--only", "77").stderr
+
+
+def test_a_failing_cell_is_named_and_kept(tmp_path):
+    (tmp_path / "bad.yaml").write_text("01_attention: {model: no/such/model, results: build/results/bad}\n")
+    done = study("--profile", str(tmp_path / "bad.yaml"))
+    assert done.returncode == 1
+    assert re.search(r"cell \d+ of 01_attention.ipynb failed: FileNotFoundError: no such folder: no/such/model", done.stderr)
+    left = ROOT / "build" / "analysis" / "bad"
+    assert (left / "01_attention.failed.ipynb").exists()
+    assert not (left / "01_attention.ipynb").exists()
+    done = subprocess.run([sys.executable, "book/build.py", "--profile", "bad"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    shutil.rmtree(left)
+
+
+def test_photographs_go_through_the_notebook(tmp_path):
+    """A folder with a truncated image and a caption without its image: both reported, the rest measured."""
+    names = [f"photo{i}.jpg" for i in range(5)]
+    for i, name in enumerate(names):
+        Image.effect_noise((100 + 30 * i, 120), 50 + i).convert("RGB").save(tmp_path / name)
+    (tmp_path / names[1]).write_bytes((tmp_path / names[1]).read_bytes()[:300])
+    rows = [f"{name},a caption of {name}" for name in [*names, "missing.jpg"]]
+    (tmp_path / "captions.txt").write_text("image,caption\n" + "\n".join(rows) + "\n")
+    values = {"source": str(tmp_path), "tasks": ["caption"], "n": 10, "results": "build/results/photos"}
+    (tmp_path / "photos.yaml").write_text(yaml.safe_dump({"01_attention": values}))
+    done = study("--profile", str(tmp_path / "photos.yaml"), "--force")
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads((ROOT / "build" / "results" / "photos" / "01_attention.json").read_text())["numbers"]
+    assert numbers["n_answers"]["value"] == 4
+    assert numbers["n_unreadable"]["value"] == 2
+
+
+def test_source_notebooks_are_clean_and_well_formed():
+    for path in runner.NOTEBOOKS:
+        notebook = nbformat.read(path, 4)
+        nbformat.validate(notebook)
+        assert "parameters" in notebook.cells[1].metadata.tags
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                assert not cell.outputs
+                assert cell.execution_count is None
+                figure = cell.metadata.get("mystnb", {})
+                assert ("figure" in figure) == ("image" in figure)
+                assert not figure or (figure["figure"]["caption"] and figure["image"]["alt"])
+
+
+def test_every_profile_fits_its_notebooks():
+    for path in (ROOT / "analysis" / "params").glob("*.yaml"):
+        _, profile = runner.read_profile(path.stem)
+        for notebook in runner.NOTEBOOKS:
+            runner.parameters_of(notebook, profile)
+
+
+class Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.targets, self.loaded, self.ids, self.images = [], [], set(), []
+
+    def handle_starttag(self, tag, attributes):
+        a = dict(attributes)
+        self.ids |= {a[k] for k in ("id", "name") if a.get(k)}
+        if tag == "a" and a.get("href"):
+            self.targets.append(a["href"])
+        if tag in ("script", "img", "iframe", "source") and a.get("src"):
+            self.loaded.append(a["src"])
+        if tag == "link" and a.get("href") and a.get("rel") not in ("canonical", "index", "search", "next", "prev"):
+            self.loaded.append(a["href"])
+        if tag == "img":
+            self.images.append(a)
+
+
+def test_internal_links_lead_somewhere_and_nothing_is_loaded_from_outside(book):
+    pages = {p: Links() for p in book.rglob("*.html") if "macros" not in p.name}  # templates of the theme
+    for path, links in pages.items():
+        links.feed(path.read_text(encoding="utf-8"))
+    for path, links in pages.items():
+        assert not [t for t in links.loaded if re.match(r"(https?:)?//", t)], path
+        for target in [*links.targets, *links.loaded]:
+            if re.match(r"[a-z]+:|//|#$", target):
+                continue
+            file, _, anchor = unquote(target).partition("#")
+            there = (path.parent / file.partition("?")[0]).resolve() if file else path
+            assert there.exists(), f"{path.name}: {target}"
+            if anchor and there in pages and not anchor.startswith("."):
+                assert anchor in pages[there].ids, f"{path.name}: {target}"
+        for image in links.images:
+            assert image.get("alt"), f"{path.name}: {image.get('src')}"
+
+
+def test_no_number_is_missing_in_the_pages(book):
+    for page in ("index.html", "analysis/01_attention.html", "made.html"):
+        text = (book / page).read_text(encoding="utf-8")
+        assert "glue:" not in text
+        assert "{numref}" not in text
+        assert not re.search(r">\s*nan\s*<", text)
+
+
+def open_page(path: Path, profile: Path) -> tuple[str, list[str]]:
+    """The page after its scripts ran, and the browser's complaints: console errors, and requests that leave the machine."""
+    if BROWSER is None:
+        pytest.skip("no Chromium or Chrome found: install one to test the book in a browser")
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--user-data-dir={profile}", f"--log-net-log={profile}.json", "--enable-logging=stderr", "--virtual-time-budget=10000", "--dump-dom", path.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    bad = re.compile(r"(ERROR|WARNING):CONSOLE|Failed to load|Uncaught|Refused")
+    asked = re.findall(r'"url":"(https?://[^"]+)"', Path(f"{profile}.json").read_text(errors="replace"))
+    return done.stdout, [line for line in said if bad.search(line)] + sorted(set(asked))
+
+
+def test_the_browser_test_can_fail(tmp_path):
+    """The negative control: an error and an outside request are seen."""
+    (tmp_path / "bad.html").write_text("<script>nothing.here()</script><img src='https://example.org/a.png'>")
+    _, complaints = open_page(tmp_path / "bad.html", tmp_path / "profile")
+    assert any("nothing is not defined" in c for c in complaints)
+    assert "https://example.org/a.png" in complaints
+
+
+@pytest.mark.parametrize("page", ["index.html", "analysis/01_attention.html", "made.html"])
+def test_pages_in_a_browser(book, page, tmp_path):
+    content, complaints = open_page(book / page, tmp_path / "profile")
+    assert not complaints, "\n".join(complaints)
+    assert "<h1" in content
+    if page == "index.html":
+        assert content.count("<mjx-container") >= 2
+        assert "hero" in content
+    if page == "analysis/01_attention.html":
+        assert content.count("<figure") >= 8
+        assert len(re.findall(r"<img[^>]+_images/[0-9a-f]+\.png", content)) >= 8
