@@ -1,9 +1,9 @@
 """Run the study's notebooks with papermill: measure, record where each number comes from, skip what is up to date.
 
-    python analysis/run.py --profile pocket                 # every chapter
-    python analysis/run.py --profile smoke --only 01 --force
-    python analysis/run.py --profile my_photos.yaml         # a parameter file of your own
-    python analysis/run.py --profile pocket --check         # rerun, compare with the committed results
+python analysis/run.py --profile pocket                 # every chapter
+python analysis/run.py --profile smoke --only 01 --force
+python analysis/run.py --profile my_photos.yaml         # a parameter file of your own
+python analysis/run.py --profile pocket --check         # rerun, compare with the committed results
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def parameters_of(notebook: Path, profile: dict[str, dict]) -> dict:
 
 def check_kernel() -> None:
     """The notebooks must run in this interpreter, not in a kernel that some other installation left behind."""
-    command = KernelSpecManager().get_kernel_spec("python3").argv[0]
-    if os.path.isabs(command) and not os.path.samefile(command, sys.executable):
+    command = Path(KernelSpecManager().get_kernel_spec("python3").argv[0])
+    if command.is_absolute() and not command.samefile(sys.executable):
         raise ValueError(
             f"the Jupyter kernel 'python3' starts {command}, not {sys.executable}: unset JUPYTER_PATH or remove that kernel "
             "with `jupyter kernelspec remove python3`"
@@ -101,10 +101,9 @@ def run(notebook: Path, profile: str, values: dict, *, force: bool = False) -> b
     results = ROOT / values.get("results", f"data/results/{profile}")
     headline = results / f"{notebook.stem}.json"
     state = fingerprint(notebook, values)
-    if not force and executed.exists() and headline.exists():
-        if json.loads(headline.read_text()).get("provenance", {}).get("fingerprint") == state:
-            print(f"{notebook.stem}: up to date")
-            return True
+    if not force and executed.exists() and fingerprint_of(headline) == state:
+        print(f"{notebook.stem}: up to date")
+        return True
     executed.parent.mkdir(parents=True, exist_ok=True)
     part = executed.with_suffix(".part.ipynb")
     failed = executed.with_suffix(".failed.ipynb")
@@ -125,10 +124,15 @@ def run(notebook: Path, profile: str, values: dict, *, force: bool = False) -> b
     content["provenance"] = provenance(profile, values, state, time.monotonic() - begun)
     temporary = headline.with_suffix(".part")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, headline)
+    temporary.replace(headline)
     part.replace(executed)
     print(f"{notebook.stem}: done in {content['provenance']['seconds']} s")
     return True
+
+
+def fingerprint_of(headline: Path) -> str | None:
+    """The fingerprint under which a result was measured; None where there is no finished result."""
+    return json.loads(headline.read_text()).get("provenance", {}).get("fingerprint") if headline.exists() else None
 
 
 def fingerprint(notebook: Path, values: dict) -> str:
@@ -182,7 +186,8 @@ def check(profile: str, plan: list[tuple[Path, dict]]) -> int:
             agrees = found is not None and low - slack <= found <= high + slack
             differing += not agrees
             shown = "missing" if found is None else f"{found:.4g}"
-            print(f"{'agrees ' if agrees else 'DIFFERS'} {notebook.stem} {key}: {shown}, reference {expected['value']:.4g} [{low:.4g}, {high:.4g}]")
+            verdict = "agrees " if agrees else "DIFFERS"
+            print(f"{verdict} {notebook.stem} {key}: {shown}, reference {expected['value']:.4g} [{low:.4g}, {high:.4g}]")
     print(f"{differing} of the headline numbers differ from the reference" if differing else "every headline number agrees")
     return 1 if differing else 0
 

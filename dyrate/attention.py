@@ -72,9 +72,7 @@ def record(
     single image token. Further arguments go to `generate`; decoding is greedy unless they say otherwise.
     """
     inputs = encode(processor, images, prompts).to(model.device, model.dtype)
-    segments = find_segments(
-        inputs["input_ids"], model.config.image_token_id, inputs["attention_mask"], system_ids(processor)
-    )
+    segments = find_segments(inputs["input_ids"], model.config.image_token_id, inputs["attention_mask"], system_ids(processor))
     recorder = _Recorder(segments, image_rows)
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens} | generate
     if settings.get("num_beams", 1) > 1 or settings.get("num_return_sequences", 1) > 1:
@@ -85,7 +83,8 @@ def record(
 
 
 def record_examples(
-    model, processor, examples: Examples, *, max_new_tokens: int = 64, batch_size: int = 16, image_rows: bool = False, progress: bool = True
+    model, processor, examples: Examples, *, max_new_tokens: int = 64, batch_size: int = 16, image_rows: bool = False,
+    progress: bool = True,
 ) -> list[Recording]:  # fmt: skip
     """`record` for every example whose image can be read, batch by batch."""
     found = []
@@ -102,9 +101,7 @@ def record_examples(
 
 def encode(processor, images: Iterable, prompts: list[str]):
     """Chat-template one image and one instruction per row and pad on the left, as generation needs."""
-    said = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}] for prompt in prompts
-    ]
+    said = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}] for prompt in prompts]
     texts = [processor.apply_chat_template(one, add_generation_prompt=True) for one in said]
     processor.tokenizer.padding_side = "left"
     return processor(images=list(images), text=texts, return_tensors="pt", padding=True)

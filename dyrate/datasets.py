@@ -144,9 +144,7 @@ def _photographs(folder: Path, n: int | None, seed: int) -> Examples:
         raise ValueError(f"{origin}: none of its {len(captions)} captioned images is in {folder}")
     if n is not None and n < len(names):
         names = sorted(random.Random(seed).sample(names, n))
-    found.items = [
-        Example(name, "caption", CAPTION_PROMPT, tuple(captions[name]), path=files[name]) for name in names
-    ]
+    found.items = [Example(name, "caption", CAPTION_PROMPT, tuple(captions[name]), path=files[name]) for name in names]
     return found
 
 

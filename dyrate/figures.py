@@ -23,8 +23,10 @@ DASHES = {"shallow": "-", "deep": "--"}
 PATCH_COLOURS = {"named object": "#D55E00", "other objects": "#0072B2", "no object": "#999999"}
 TASK_COLOURS = {"description": "#0072B2", "recap": "#009E73", "look_late": "#D55E00", "caption": "#CC79A7"}
 MEASURE_LABELS = {
-    "raw": "share of all attention", "undiluted": "share of attention\nnot on the response", "per_token": "per token\n(1 = average token)"
-}  # fmt: skip
+    "raw": "share of all attention",
+    "undiluted": "share of attention\nnot on the response",
+    "per_token": "per token\n(1 = average token)",
+}
 
 
 def _axes(width: float, height: float, columns: int = 1, **shared):
@@ -70,7 +72,13 @@ def change_by_layer(trends: pd.DataFrame) -> Figure:
         rows = trends[trends.measure == measure]
         error = 100 * np.stack([rows.value - rows.low, rows.high - rows.value])
         axis.errorbar(
-            rows.layer + 0.16 * (i - 1), 100 * rows.value, error, fmt=mark, color=colour, capsize=2.5, label=measure.replace("_", " ")
+            rows.layer + 0.16 * (i - 1),
+            100 * rows.value,
+            error,
+            fmt=mark,
+            color=colour,
+            capsize=2.5,
+            label=measure.replace("_", " "),
         )
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set(xlabel="decoder layer (0 = first)", ylabel="change over the answer (%)")
@@ -86,7 +94,11 @@ def course_by_task(course: pd.DataFrame) -> Figure:
         colour = TASK_COLOURS.get(task, "black")
         axis.plot(rows.position, rows.value, dash, color=colour, label=task.replace("_", " "))
         axis.fill_between(rows.position, rows.low, rows.high, color=colour, alpha=0.2, linewidth=0)
-    axis.set(xlabel="position in the answer (0 = first word, 1 = last)", ylabel="image share of attention\nnot on the response", xlim=(0, 1))
+    axis.set(
+        xlabel="position in the answer (0 = first word, 1 = last)",
+        ylabel="image share of attention\nnot on the response",
+        xlim=(0, 1),
+    )
     axis.set_ylim(bottom=0)
     axis.legend(loc="best")
     return figure
@@ -98,7 +110,10 @@ def layer_step_heat(shares: np.ndarray, undiluted: np.ndarray) -> Figure:
     for axis, values, title in zip(axes, (shares, undiluted), ("raw", "undiluted"), strict=True):
         table = pd.DataFrame(values.T)
         every = max(1, len(values) // 8)
-        seaborn.heatmap(table, ax=axis, vmin=0, vmax=1, cmap="viridis", xticklabels=every, cbar=title == "undiluted", cbar_kws={"label": "image share"})
+        seaborn.heatmap(
+            table, ax=axis, vmin=0, vmax=1, cmap="viridis", xticklabels=every, cbar=title == "undiluted",
+            cbar_kws={"label": "image share"},
+        )  # fmt: skip
         axis.invert_yaxis()
         axis.set(title=title, xlabel="generation step (token)", ylabel="decoder layer" if title == "raw" else "")
         axis.tick_params(rotation=0)
@@ -124,7 +139,8 @@ def word_kinds(kinds: pd.DataFrame) -> Figure:
         for j, (depth, colour) in enumerate(DEPTH_COLOURS.items()):
             rows = kinds[(kinds.depth == depth) & (kinds.measure == measure)].set_index("kind").loc[names]
             axis.errorbar(
-                rows.value, np.arange(len(names)) + 0.16 * (0.5 - j) * 2, xerr=np.stack([rows.value - rows.low, rows.high - rows.value]),
+                rows.value, np.arange(len(names)) + 0.16 * (1 - 2 * j),
+                xerr=np.stack([rows.value - rows.low, rows.high - rows.value]),
                 fmt="os"[j], color=colour, capsize=2.5, label=f"{depth} layers",
             )  # fmt: skip
         axis.set_yticks(range(len(names)), names)

@@ -25,7 +25,7 @@ def load(name: str | Path = "pocket", *, revision: str | None = None, dtype=None
     """
     source = _source(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = device_map is not None and torch.cuda.is_available() or str(device).startswith("cuda")
+    on_gpu = (device_map is not None and torch.cuda.is_available()) or str(device).startswith("cuda")
     dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
     local = isinstance(source, Path)
     where = {"revision": None if local else revision or REVISIONS.get(str(name)), "trust_remote_code": False}

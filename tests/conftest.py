@@ -32,7 +32,7 @@ def _qwen():
     vision = dict(depth=2, embed_dim=32, num_heads=4, patch_size=4, spatial_merge_size=2, hidden_size=32, mlp_ratio=2)
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2]}
     config = Qwen2VLConfig(
-        text_config={**TEXT, "rope_scaling": rope, "rope_parameters": {**rope, "rope_theta": 10000.0}, "tie_word_embeddings": False},
+        text_config={**TEXT, "rope_scaling": rope, "rope_parameters": {**rope, "rope_theta": 10000.0}},
         vision_config=vision, image_token_id=IMAGE, video_token_id=61, vision_start_token_id=58, vision_end_token_id=59,
     )  # fmt: skip
 

@@ -77,7 +77,12 @@ def test_follows_other_decodings(family, decoding):
 
 def snapshot(model):
     modules = {
-        name: (id(m.config) if hasattr(m, "config") else None, sorted(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks))
+        name: (
+            id(m.config) if hasattr(m, "config") else None,
+            sorted(m.__dict__),
+            len(m._forward_hooks),
+            len(m._forward_pre_hooks),
+        )
         for name, m in model.named_modules()
     }
     return modules, copy.deepcopy(sorted(AttentionInterface._global_mapping)), model.config.to_json_string()

@@ -51,7 +51,9 @@ def test_load_errors(tmp_path, monkeypatch):
     LlamaForCausalLM(text).save_pretrained(tmp_path / "text")
     with pytest.raises(ValueError, match="sees no images"):
         dyrate.load(tmp_path / "text")
-    ViTModel(ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path / "vit")
+    ViTModel(ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
+        tmp_path / "vit"
+    )
     with pytest.raises(ValueError, match="vision-language model"):
         dyrate.load(tmp_path / "vit")
     (tmp_path / "blip").mkdir()
@@ -143,7 +145,11 @@ def test_folder_errors(photographs, tmp_path):
 
 def test_ptb_tokens_and_cider():
     assert tokenize_captions(["A red-brown dog, isn't it?", "Two   cats."]) == ["a red-brown dog is n't it", "two cats"]
-    references = [["a red cat on a mat", "a cat on the mat"], ["two blue birds", "blue birds in a tree"], ["a big green car", "the green car"]]
+    references = [
+        ["a red cat on a mat", "a cat on the mat"],
+        ["two blue birds", "blue birds in a tree"],
+        ["a big green car", "the green car"],
+    ]
     perfect = cider([r[0] for r in references], references)
     wrong = cider([references[(i + 1) % 3][0] for i in range(3)], references)
     assert (perfect > 2).all()

@@ -128,7 +128,10 @@ def test_answers_are_true_and_existence_is_balanced():
             colour, thing = re.fullmatch(r"Is there an? (\w+) (.+)\?", turn.prompt).groups()
             assert (turn.response == "yes") == any((g.colour, g.thing) == (colour, thing) for g in scene.groups)
             yes.append(turn.response == "yes")
-            a, choice, b = re.fullmatch(r"(?:Is|Are) the (.+?) (left or right of|above or below) the (.+)\?", language.question(scene, "relation", telling).prompt).groups()
+            a, choice, b = re.fullmatch(
+                r"(?:Is|Are) the (.+?) (left or right of|above or below) the (.+)\?",
+                language.question(scene, "relation", telling).prompt,
+            ).groups()
             a, b = by_name[a].place, by_name[b].place
             truth = ("left" if a % 3 < b % 3 else "right") if "left" in choice else ("above" if a // 3 < b // 3 else "below")
             assert language.question(scene, "relation", telling).response == truth

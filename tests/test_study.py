@@ -180,7 +180,8 @@ def open_page(path: Path, profile: Path) -> tuple[str, list[str]]:
     command = [
         BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
         "--disable-background-networking", "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND",
-        f"--user-data-dir={profile}", f"--log-net-log={profile}.json", "--enable-logging=stderr", "--virtual-time-budget=10000", "--dump-dom", path.as_uri(),
+        f"--user-data-dir={profile}", f"--log-net-log={profile}.json", "--enable-logging=stderr",
+        "--virtual-time-budget=10000", "--dump-dom", path.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]

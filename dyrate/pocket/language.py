@@ -38,7 +38,7 @@ class Turn:
 
 
 def noun_phrase(group: Group, size: bool = False) -> str:
-    """"two red snowmen", "an orange cup", with `size` "a large red sun"."""
+    """ "two red snowmen", "an orange cup", with `size` "a large red sun"."""
     words = [*([group.size] if size else []), group.colour, group.thing if group.count == 1 else PLURAL[group.thing]]
     numeral = NUMERALS[group.count - 1]
     if numeral == "a" and words[0][0] in "aeiou":
@@ -47,7 +47,7 @@ def noun_phrase(group: Group, size: bool = False) -> str:
 
 
 def place_phrase(place: int, rng: random.Random) -> str:
-    """"in the top left corner", "at the top", "on the left", "in the centre"."""
+    """ "in the top left corner", "at the top", "on the left", "in the centre"."""
     name = PLACES[place]
     if " " in name:
         return rng.choice((f"in the {name} corner", f"at the {name}"))
@@ -97,7 +97,9 @@ def look_late(scene: Scene, telling: int = 0) -> str:
     rng = random.Random(f"look_late {scene.seed} {telling}")
     *groups, last = rng.sample(scene.groups, len(scene.groups))
     where = place_phrase(last.place, rng)
-    ending = rng.choice((f"One thing is left: {where} {_be(last)} {noun_phrase(last)}.", f"Last, {where} {_be(last)} {noun_phrase(last)}."))
+    ending = rng.choice(
+        (f"One thing is left: {where} {_be(last)} {noun_phrase(last)}.", f"Last, {where} {_be(last)} {noun_phrase(last)}.")
+    )
     return " ".join([*_told(groups, rng), _summary(groups, rng), ending])
 
 

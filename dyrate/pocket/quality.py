@@ -1,13 +1,12 @@
 """How well the pocket LLaVA sees and speaks: the bars that it must reach before the study stands on it.
 
-    python -m dyrate.pocket.quality            # 1,000 unseen scenes, both cores, minutes
+python -m dyrate.pocket.quality            # 1,000 unseen scenes, both cores, minutes
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     part = given.out.with_suffix(".part")
     part.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(part, given.out)
+    part.replace(given.out)
 
 
 if __name__ == "__main__":

@@ -54,10 +54,10 @@ class Config:
     tower_steps: int = 1250
     tower_batch: int = 64
     tower_rate: float = 2e-3
-    language_steps: int = 2900
+    language_steps: int = 2700
     language_batch: int = 24
     language_rate: float = 1.5e-3
-    tower_share: float = 0.3  # of that rate, for the tower
+    tower_share: float = 0.6  # of that rate, for the tower
     questions: int = 12  # turns of questions for each picture
     drop_share: float = 0.6  # of the steps in the second half drop image tokens
     drop_layer: int = 2  # first layer that misses them
@@ -313,9 +313,7 @@ class Run:
             tensors |= {f"adam.{name}:{k}": v for k, v in optimizer.state.get(p, {}).items()}
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         about = {"config": asdict(self.config), "done": self.done, "seconds": self.seconds, "history": self.history}
-        _write_whole(
-            self.work / "state.safetensors", lambda p: save_file(tensors, p, metadata={"about": json.dumps(about)})
-        )
+        _write_whole(self.work / "state.safetensors", lambda p: save_file(tensors, p, metadata={"about": json.dumps(about)}))
 
     def load(self) -> dict[str, Tensor]:
         """Take up the last checkpoint, if there is one; returns the optimizer's tensors."""
@@ -415,7 +413,7 @@ def _schedule(step: int, steps: int) -> float:
 def _write_whole(path: Path, write) -> None:
     part = path.with_name(path.name + ".part")
     write(part)
-    os.replace(part, path)
+    part.replace(path)
 
 
 def main(argv: list[str] | None = None) -> None:
