@@ -54,7 +54,7 @@ class Config:
     tower_steps: int = 1250
     tower_batch: int = 64
     tower_rate: float = 2e-3
-    language_steps: int = 2700
+    language_steps: int = 1400
     language_batch: int = 24
     language_rate: float = 1.5e-3
     tower_share: float = 0.6  # of that rate, for the tower
@@ -118,6 +118,27 @@ class Lab(nn.Module):
         scores["cls"] = (similarity.argmax(1) == same).float().mean()
         contrast = (F.cross_entropy(similarity, same) + F.cross_entropy(similarity.T, same)) / 2
         return sum(losses) + 0.2 * contrast, scores
+
+    @torch.no_grad()
+    def condition_projector(self, patches: Tensor) -> None:
+        """Start the projector from what the trained tower says: whitened, centred, as large as a word's embedding.
+
+        The tower's patches share a constant part many times larger than what tells them apart. Left in, it makes all
+        image tokens nearly equal for the decoder: position does not pass, and binding is learned late or never.
+        """
+        projector, words = self.model.model.multi_modal_projector, self.model.model.language_model.embed_tokens
+        x = patches.flatten(0, 1).float()
+        values, vectors = torch.linalg.eigh(x.T.cov())
+        whiten = vectors @ torch.diag((values + 0.02 * values.mean()).rsqrt()) @ vectors.T
+        nn.init.orthogonal_(projector.linear_1.weight)
+        projector.linear_1.weight.copy_(projector.linear_1.weight @ whiten)
+        projector.linear_1.bias.copy_(-(projector.linear_1.weight @ x.mean(0)))
+        nn.init.orthogonal_(projector.linear_2.weight)
+        projector.linear_2.bias.zero_()
+        y = projector(x)
+        scale = words.weight.std() / y.std(0).mean()
+        projector.linear_2.weight.mul_(scale)
+        projector.linear_2.bias.copy_(-scale * y.mean(0))
 
     def word_loss(self, patches: Tensor, words: Tensor) -> Tensor:
         """A dense objective in the decoder's own words: projected patches should resemble what is said of their group.
@@ -344,6 +365,10 @@ class Run:
                 state = {k: adam[f"{name}:{k}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{k}" in adam}
                 if state:
                     optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+        if stage == "language" and self.done[stage] == 0:
+            pixels = _normalized(Batches(stage, config, 0, self.processor)[0]["pixels"].to(self.device))
+            with torch.no_grad():
+                self.lab.condition_projector(self.lab.see(pixels)[0])
         batches = DataLoader(Batches(stage, config, self.done[stage], self.processor), None, num_workers=1, prefetch_factor=3)
         bar = tqdm(batches, initial=self.done[stage], total=steps, desc=stage, mininterval=5, dynamic_ncols=True)
         self.lab.train()
@@ -355,7 +380,7 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = getattr(config, f"{stage}_rate") * _schedule(step, steps) * group["share"]
             batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
-            pixels = (batch.pop("pixels").permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
+            pixels = _normalized(batch.pop("pixels"))
             with torch.autocast(torch.device(self.device).type, torch.bfloat16):
                 patches, pooled = self.lab.see(pixels)
                 loss, scores = self.lab.tower_loss(patches, pooled, batch)
@@ -400,6 +425,11 @@ class Run:
             "torch": torch.__version__, "history": self.history,
         }  # fmt: skip
         _write_whole(out / "training.json", lambda p: Path(p).write_text(json.dumps(record, indent=1) + "\n"))
+
+
+def _normalized(pixels: Tensor) -> Tensor:
+    """Pixels (batch, 168, 168, 3) of 0 to 255 as the processor hands them to the tower."""
+    return (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
 
 
 def _schedule(step: int, steps: int) -> float:
