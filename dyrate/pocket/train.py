@@ -57,7 +57,7 @@ class Config:
     language_steps: int = 1400
     language_batch: int = 24
     language_rate: float = 1.5e-3
-    tower_share: float = 0.6  # of that rate, for the tower
+    tower_share: float = 1.0  # of that rate, for the tower
     questions: int = 12  # turns of questions for each picture
     drop_share: float = 0.6  # of the steps in the second half drop image tokens
     drop_layer: int = 2  # first layer that misses them
@@ -85,7 +85,7 @@ class Lab(nn.Module):
         width = self.model.config.vision_config.hidden_size
         self.probe = nn.ModuleDict({
             "object": nn.Linear(width, len(THINGS) + 1), "colour": nn.Linear(width, len(COLOURS)),
-            "count": nn.Linear(width, 3), "word": nn.Linear(width, len(WORDS) + 1),
+            "count": nn.Linear(width, 3), "place": nn.Linear(width, len(PLACES)), "word": nn.Linear(width, len(WORDS) + 1),
         })  # fmt: skip
         self.text = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 128))
         self.words = nn.Embedding(len(processor.tokenizer), width, padding_idx=processor.tokenizer.pad_token_id)
@@ -283,17 +283,18 @@ class Batches(Dataset):
 
 
 def _patch_labels(scene: Scene, picture) -> dict[str, np.ndarray]:
-    """Classes of each patch (144,): its group's object, colour and count, the painted word; last class: none."""
+    """Classes of each patch (144,): its group's object, colour, count and place, the painted word; last class: none."""
     shape = (GRID, GRID)
     labels = {
         "object": np.full(shape, len(THINGS)), "colour": np.full(shape, IGNORE), "count": np.full(shape, IGNORE),
-        "word": np.full(shape, len(WORDS)),
+        "place": np.full(shape, IGNORE), "word": np.full(shape, len(WORDS)),
     }  # fmt: skip
     things, colours = list(THINGS), list(COLOURS)
     for group, cover in zip(scene.groups, picture.cover, strict=True):
         labels["object"][cover] = things.index(group.thing)
         labels["colour"][cover] = colours.index(group.colour)
         labels["count"][cover] = group.count - 1
+        labels["place"][cover] = group.place
     if scene.word:
         labels["word"][picture.word_cover] = WORDS.index(scene.word)
     return {name: label.flatten() for name, label in labels.items()}

@@ -86,7 +86,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
     return model
 
 
-def place_waves(width: int, amplitude: float = 0.35) -> Tensor:
+def place_waves(width: int, amplitude: float = 0.7) -> Tensor:
     """Sines and cosines of each patch's row and column, (144, width).
 
     With small random position embeddings the tower names things well and forgets where they are: after 100,000 scenes
