@@ -71,34 +71,32 @@ def trends(recordings: list[Recording], min_steps: int = 9) -> pd.DataFrame:
     value: -0.2 means that the measure is 20 % lower late in the answer; interval over samples. The prefill's own row
     (step 0) is left out, answers shorter than `min_steps` too.
     """
-    rows = []
-    for depth, layers in depths(recordings[0].shares.shape[1]).items():
-        for name in MEASURES:
-            change = []
-            for r in recordings:
-                if len(r.tokens) < min_steps:
-                    continue
-                course = _cached(r)[name][1:, list(layers)].mean(1)
-                third = len(course) // 3
-                early, late = course[:third].mean(), course[-third:].mean()
-                change.append(late / early - 1)
-            rows.append({"depth": depth, "measure": name, **bootstrap(change)})
-    return pd.DataFrame(rows)
+    stacks = depths(recordings[0].shares.shape[1]).items()
+    return pd.DataFrame(
+        {"depth": depth, "measure": name, **bootstrap(_changes(recordings, name, layers, min_steps))}
+        for depth, layers in stacks
+        for name in MEASURES
+    )
 
 
 def layer_trends(recordings: list[Recording], min_steps: int = 9) -> pd.DataFrame:
     """`trends` for each single layer: relative change of each measure from the first to the last third of an answer."""
-    rows = []
-    for layer in range(recordings[0].shares.shape[1]):
-        for name in MEASURES:
-            change = []
-            for r in recordings:
-                if len(r.tokens) >= min_steps:
-                    course = _cached(r)[name][1:, layer]
-                    third = len(course) // 3
-                    change.append(course[-third:].mean() / course[:third].mean() - 1)
-            rows.append({"layer": layer, "measure": name, **bootstrap(change)})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        {"layer": layer, "measure": name, **bootstrap(_changes(recordings, name, [layer], min_steps))}
+        for layer in range(recordings[0].shares.shape[1])
+        for name in MEASURES
+    )
+
+
+def _changes(recordings: list[Recording], name: str, layers, min_steps: int) -> list[float]:
+    """Relative change of one measure, mean over `layers`, from the first to the last third of each answer."""
+    found = []
+    for r in recordings:
+        if len(r.tokens) >= min_steps:
+            course = _cached(r)[name][1:, list(layers)].mean(1)
+            third = len(course) // 3
+            found.append(course[-third:].mean() / course[:third].mean() - 1)
+    return found
 
 
 def course_by_task(recordings: list[Recording], bins: int = 12) -> pd.DataFrame:

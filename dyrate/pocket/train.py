@@ -4,7 +4,7 @@
 
 Stage *tower* teaches the vision tower what each patch shows (a dense objective on patches that show a group or a word) and
 its [CLS] what the caption says (contrastively). Stage *language* trains everything: one picture carries many turns in
-one sequence, each of which sees the shared prefix and itself. In its second half image tokens are dropped at random in
+one sequence, each of which sees the shared prefix and itself. In its last quarter image tokens are dropped at random in
 the deeper layers. A run killed at any moment goes on from its last checkpoint when started again.
 """
 
@@ -59,7 +59,7 @@ class Config:
     language_rate: float = 1.5e-3
     tower_share: float = 1.0  # of that rate, for the tower
     questions: int = 12  # turns of questions for each picture
-    drop_share: float = 0.6  # of the steps in the second half drop image tokens
+    drop_share: float = 0.6  # of the steps in the last quarter drop image tokens
     drop_layer: int = 2  # first layer that misses them
     seed: int = 0
 
@@ -165,8 +165,7 @@ class Lab(nn.Module):
         order = torch.arange(ids.shape[1], device=ids.device)
         # a turn sees the shared prefix (turn 0) and itself
         allowed = (order[:, None] >= order) & ((turn[:, None, :] == 0) | (turn[:, :, None] == turn[:, None, :]))
-        hidden = hidden.to(features.dtype)
-        bias = torch.zeros(allowed.shape, dtype=hidden.dtype, device=ids.device).masked_fill(~allowed, -1e4)
+        bias = torch.zeros(allowed.shape, dtype=features.dtype, device=ids.device).masked_fill(~allowed, -1e4)
         cos, sin = inner.language_model.rotary_emb(hidden, positions)
         for i, layer in enumerate(inner.language_model.layers):
             if i == drop_layer and n_kept < N_PATCHES:
@@ -407,7 +406,7 @@ class Run:
 
     def _n_kept(self, step: int, steps: int) -> int:
         rng = random.Random(f"drop {self.config.seed} {step}")
-        if step < steps / 2 or rng.random() > self.config.drop_share:
+        if step < 0.75 * steps or rng.random() > self.config.drop_share:
             return N_PATCHES
         return round(N_PATCHES * (1 - rng.uniform(0, 0.95)))
 
