@@ -51,10 +51,10 @@ SLOTS = {
 class Config:
     """One run. Steps, batch sizes and peak learning rates of the two stages; see the module's text for their purpose."""
 
-    tower_steps: int = 1250
+    tower_steps: int = 1700
     tower_batch: int = 64
     tower_rate: float = 2e-3
-    language_steps: int = 1400
+    language_steps: int = 5000
     language_batch: int = 24
     language_rate: float = 1.5e-3
     tower_share: float = 1.0  # of that rate, for the tower
