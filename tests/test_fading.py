@@ -42,7 +42,7 @@ CASES = {
 def test_verdict_tells_fading_from_dilution(case):
     image, response, said = CASES[case]
     rng = np.random.default_rng(0)
-    recordings = [recording(lambda t, k=rng.normal(0, 0.003): image(t) + k, response) for _ in range(12)]
+    recordings = [recording(lambda t, k=k: image(t) + k, response) for k in rng.normal(0, 0.003, 12)]
     assert said in fading.verdict(fading.trends(recordings))
 
 
@@ -62,7 +62,7 @@ def test_clock():
     straight = fading.clock([recording(lambda t: 0.6 - 0.01 * t, lambda t: 0.1) for _ in range(4)])
     assert straight["raw"]["value"] > 0.999
     rng = np.random.default_rng(1)
-    noise = [recording(lambda t, x=rng.uniform(0.2, 0.6, 40): x[t], lambda t: 0.1) for _ in range(20)]
+    noise = [recording(lambda t, x=x: x[t], lambda t: 0.1) for x in rng.uniform(0.2, 0.6, (20, 40))]
     assert fading.clock(noise)["raw"]["value"] < 0.05
 
 
