@@ -186,7 +186,8 @@ def open_page(path: Path, profile: Path) -> tuple[str, list[str]]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     bad = re.compile(r"(ERROR|WARNING):CONSOLE|Failed to load|Uncaught|Refused")
-    asked = re.findall(r'"url":"(https?://[^"]+)"', Path(f"{profile}.json").read_text(errors="replace"))
+    log = Path(f"{profile}.json").read_text(errors="replace")
+    asked = [url for who, url in re.findall(r'"initiator":"([^"]*)".*?"url":"(https?://[^"]+)"', log) if who != "not an origin"]
     return done.stdout, [line for line in said if bad.search(line)] + sorted(set(asked))
 
 
