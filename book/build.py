@@ -108,7 +108,7 @@ def pocket_section(results: Path) -> list[str]:
     lines = [
         "## The pocket LLaVA", "",
         f"Trained by `{record['command']}` on {record['scenes_seen']:,} rendered scenes in {record['hours']} hours on "
-        f"{record['device']} (seed {record['config']['seed']}).",
+        f"{record['device']} (seed {record['config']['seed']}).", record.get("notes", ""), "",
     ]  # fmt: skip
     quality = ROOT / "data" / "results" / "pocket" / "pocket_quality.json"
     if quality.exists():
