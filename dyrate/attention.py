@@ -18,16 +18,8 @@ from tqdm import tqdm
 
 from dyrate.datasets import Examples
 from dyrate.engine import observe
-from dyrate.segments import SEGMENTS, Segments, find_segments, system_ids
-
-
-def segment_shares(row: Float[Tensor, "batch head key"], segments: Segments) -> Float[Tensor, "batch head 4"]:
-    """Sum one query's attention weights over system, image, instruction and response tokens; the four sum to 1."""
-    prompt = segments.kind.shape[1]
-    member = torch.stack([segments.mask(s) for s in SEGMENTS[:3]], -1).to(row)
-    shares = row[..., :prompt] @ member
-    response = row[..., prompt:].sum(-1, keepdim=True)
-    return torch.cat([shares, response], -1)
+from dyrate.look import Look
+from dyrate.segments import SEGMENTS, Segments, find_segments, segment_shares, system_ids
 
 
 @dataclass
@@ -115,7 +107,8 @@ class _Recorder:
         self.shares: dict[int, list[Tensor]] = {}
         self.rows: dict[int, list[Tensor]] = {}
 
-    def __call__(self, layer: int, row: Float[Tensor, "batch head key"]) -> None:
+    def __call__(self, layer: int, look: Look) -> None:
+        row = look.newest
         self.shares.setdefault(layer, []).append(segment_shares(row, self.segments))
         if self.image_rows:
             prompt = self.segments.kind.shape[1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 SEGMENTS = ("system", "image", "instruction", "response")
@@ -64,6 +64,15 @@ def find_segments(
     kind[image] = SEGMENTS.index("image")
     kind[~real] = PADDING
     return Segments(kind)
+
+
+def segment_shares(row: Float[Tensor, "batch head key"], segments: Segments) -> Float[Tensor, "batch head 4"]:
+    """Sum one query's attention weights over system, image, instruction and response tokens; the four sum to 1."""
+    prompt = segments.kind.shape[1]
+    member = torch.stack([segments.mask(s) for s in SEGMENTS[:3]], -1).to(row)
+    shares = row[..., :prompt] @ member
+    response = row[..., prompt:].sum(-1, keepdim=True)
+    return torch.cat([shares, response], -1)
 
 
 def system_ids(processor) -> list[int] | None:

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 TEXT = dict(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
     bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
 IMAGE = 60

@@ -8,8 +8,7 @@ import torch
 from transformers import AttentionInterface
 
 import dyrate
-from dyrate.attention import segment_shares, system_ids
-from dyrate.segments import PADDING, SEGMENTS, find_segments
+from dyrate.segments import PADDING, SEGMENTS, find_segments, segment_shares, system_ids
 
 STEPS = 5
 
@@ -29,7 +28,7 @@ def eager_rows(model, inputs):
 
 def observed_rows(model, inputs, layers=None, **generate):
     seen = []
-    with dyrate.observe(model, lambda layer, row: seen.append((layer, row)), layers):
+    with dyrate.observe(model, lambda layer, look: seen.append((layer, look.newest)), layers):
         tokens = model.generate(**inputs, **({"max_new_tokens": STEPS, "do_sample": False} | generate))
     return tokens, seen
 
@@ -57,7 +56,7 @@ def test_the_comparison_can_fail(family):
 def test_observing_changes_no_token_and_no_logit(family):
     model, inputs = family
     plain = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    with dyrate.observe(model, lambda layer, row: None):
+    with dyrate.observe(model, lambda layer, look: look.newest):
         seen = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True)
     assert torch.equal(plain.sequences, seen.sequences)
     assert all(torch.equal(a, b) for a, b in zip(plain.logits, seen.logits, strict=True))
@@ -94,7 +93,7 @@ def test_leaves_the_model_as_found(family):
     observed_rows(model, inputs)
     assert snapshot(model) == before
 
-    def fails(layer, row):
+    def fails(layer, look):
         raise RuntimeError("stop in the middle")
 
     with pytest.raises(RuntimeError, match="in the middle"), dyrate.observe(model, fails):

@@ -14,6 +14,7 @@ from dyrate.pocket.scenes import COLOURS, PLACES, THINGS, WORDS, Group, Scene, c
 
 NUMERALS = ("a", "two", "three")
 PLURAL = {thing: plural for thing, (_, plural) in THINGS.items()}
+COUNTS = ("one", "two", "three")
 
 CAPTION_PROMPTS = (
     "Provide a one-sentence caption for the provided image.",  # the paper's (lmms-eval's)
@@ -117,7 +118,7 @@ def question(scene: Scene, kind: str, telling: int = 0) -> Turn | None:
     group = rng.choice(scene.groups)
     the = f"the {_name(group)}"
     if kind == "count":
-        text, answer = f"How many {PLURAL[group.thing]} are there?", ("one", "two", "three")[group.count - 1]
+        text, answer = f"How many {PLURAL[group.thing]} are there?", COUNTS[group.count - 1]
     elif kind == "colour":
         text, answer = f"What colour {_be(group)} {the}?", group.colour
     elif kind == "place":

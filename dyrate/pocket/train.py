@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface
 
 from dyrate.pocket import language
-from dyrate.pocket.scenes import COLOURS, GRID, PLACES, THINGS, WORDS, Scene, compose, render, seeds
+from dyrate.pocket.scenes import COLOURS, GRID, PLACES, THINGS, WORDS, Group, Scene, compose, render, seeds
 from dyrate.pocket.vlm import SYSTEM, build_model, build_processor
 
 IGNORE = -100
@@ -57,7 +57,6 @@ class Config:
     language_steps: int = 5000
     language_batch: int = 24
     language_rate: float = 1.5e-3
-    tower_share: float = 1.0  # of that rate, for the tower
     questions: int = 12  # turns of questions for each picture
     drop_share: float = 0.6  # of the steps in the last quarter drop image tokens
     drop_layer: int = 2  # first layer that misses them
@@ -92,6 +91,8 @@ class Lab(nn.Module):
         self.cls = nn.Linear(width, 128)
         self.scale = nn.Parameter(torch.tensor(math.log(10.0)))
         self.align = nn.RMSNorm(self.model.config.text_config.hidden_size)
+        self.found = nn.RMSNorm(self.model.config.text_config.hidden_size)
+        self.noun_layer = self.model.config.text_config.num_hidden_layers // 2 - 1
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels (batch, 3, 168, 168) -> patches (batch, 144, width) of the used layer, pooled [CLS] (batch, width)."""
@@ -143,17 +144,29 @@ class Lab(nn.Module):
     def word_loss(self, patches: Tensor, words: Tensor) -> Tensor:
         """A dense objective in the decoder's own words: projected patches should resemble what is said of their group.
 
-        words (batch, 144, 5): tokens of count, colour, thing and place. Without it the tower forgets where a patch is,
+        words (batch, 144, 6): tokens of count, colour, thing and place. Without it the tower forgets where a patch is,
         and the words for places stay at chance long after those for things are right.
         """
         shown = (words != IGNORE).any(-1)
         features = self.align(self.model.model.multi_modal_projector(patches[shown]).float())
-        logits = features @ self.model.model.language_model.embed_tokens.weight.T
-        chances = logits.float().log_softmax(-1).gather(1, words[shown].clamp(min=0))
-        return -chances[words[shown] != IGNORE].mean()
+        return self._resembles(features, words[shown])[0]
+
+    def _resembles(self, features: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of saying each of `words` (n, any number) from features (n, width), and the share among the likeliest."""
+        wanted = words != IGNORE
+        logits = (features @ self.model.model.language_model.embed_tokens.weight.T).float()
+        chances = logits.log_softmax(-1).gather(1, words.clamp(min=0))
+        least = logits.topk(words.shape[1]).values[:, -1:]
+        hits = logits.gather(1, words.clamp(min=0)) >= least
+        return -chances[wanted].mean(), hits[wanted].float().mean()
 
     def language_loss(self, patches: Tensor, batch: dict, n_kept: int, drop_layer: int) -> tuple[Tensor, dict]:
-        """Next-token loss over all packed turns. n_kept: image tokens that layers >= drop_layer see."""
+        """Next-token loss over all packed turns. n_kept: image tokens that layers >= drop_layer see.
+
+        Beside it, at half depth: the noun of a question should say what its group is like. An answer needs two steps,
+        finding the group by its name and telling one thing about it; left alone neither is learned, for each is of no
+        use without the other.
+        """
         inner = self.model.model
         ids, turn, positions = batch["ids"], batch["turn"], batch["positions"]
         hidden = inner.language_model.embed_tokens(ids)
@@ -174,18 +187,22 @@ class Lab(nn.Module):
                 rows = torch.arange(len(ids), device=ids.device)[:, None, None]
                 bias = bias[rows, kept[:, :, None], kept[:, None, :]]
                 batch = {**batch, **{k: batch[k].gather(1, kept) for k in ("labels", "weight", "slot")}}
+                batch["noun"] = batch["noun"].gather(1, kept[..., None].expand(-1, -1, batch["noun"].shape[-1]))
             hidden = layer(hidden, attention_mask=bias[:, None], position_embeddings=(cos, sin))
+            if i == self.noun_layer:
+                noun = (batch["noun"] != IGNORE).any(-1)
+                noun_loss, noun_hits = self._resembles(self.found(hidden[noun].float()), batch["noun"][noun])
         wanted = batch["labels"] != IGNORE
         logits = self.model.lm_head(inner.language_model.norm(hidden[wanted])).float()
         labels, weight, slot = batch["labels"][wanted], batch["weight"][wanted], batch["slot"][wanted]
         loss = (F.cross_entropy(logits, labels, reduction="none") * weight).sum() / weight.sum()
         right = (logits.argmax(-1) == labels).float()
-        scores = {"lm": loss.detach()}
+        scores = {"lm": loss.detach(), "noun": noun_hits}
         for i, name in enumerate(SLOTS):
             for prefix, code in (("", i + 1), ("qa_", -(i + 1))):
                 if (here := slot == code).any():
                     scores[prefix + name] = right[here].mean()
-        return loss, scores
+        return loss + 0.3 * noun_loss, scores
 
 
 def _kept_columns(n_rows: int, length: int, first: int, n_kept: int, device) -> Tensor:
@@ -204,6 +221,8 @@ class Batches(Dataset):
         self.tokenizer = processor.tokenizer
         self.vocabulary = {i: w for w, i in self.tokenizer.get_vocab().items()}
         slot_of = {word: i + 1 for i, words in enumerate(SLOTS.values()) for word in words}
+        names = {word: thing for thing in THINGS for word in _last_words(thing)}
+        self.thing = {self.tokenizer.convert_tokens_to_ids(word): thing for word, thing in names.items()}
         self.slot = np.array([slot_of.get(self.vocabulary[i], 0) for i in range(len(self.vocabulary))])
         self.prefix = self._ids(f"{SYSTEM} USER: <image>", first=True)
         at = self.prefix.index(self.tokenizer.convert_tokens_to_ids("<image>"))
@@ -226,7 +245,7 @@ class Batches(Dataset):
             words = [self._patch_words(*both) for both in zip(scenes, pictures, strict=True)]
             batch["patch_words"] = torch.from_numpy(np.stack(words))
             rows = [self._packed(scene) for scene in scenes]
-            fill = {"ids": 0, "turn": -1, "positions": 0, "labels": IGNORE, "weight": 0.0, "slot": 0}
+            fill = {"ids": 0, "turn": -1, "positions": 0, "labels": IGNORE, "weight": 0.0, "slot": 0, "noun": [IGNORE] * 4}
             batch |= {k: _padded([row[k] for row in rows], fill[k]) for k in fill}
         return batch
 
@@ -235,13 +254,23 @@ class Batches(Dataset):
         return ids if first else ids[1:]  # without the leading <s>
 
     def _patch_words(self, scene: Scene, picture) -> np.ndarray:
-        """Tokens (144, 5) of the words for each patch's group: count, colour, thing, and one or two for its place."""
-        found = np.full((GRID, GRID, 5), IGNORE)
+        """Tokens (144, 6) of the words for each patch's group: both forms of its name, and what is told about it."""
+        found = np.full((GRID, GRID, 6), IGNORE)
         for group, cover in zip(scene.groups, picture.cover, strict=True):
-            words = language.noun_phrase(group).split()
-            said = [words[0], words[1], words[-1], *PLACES[group.place].split()]
-            found[cover, : len(said)] = self.tokenizer.convert_tokens_to_ids(said)
-        return found.reshape(N_PATCHES, 5)
+            found[cover, :2] = self.tokenizer.convert_tokens_to_ids(_last_words(group.thing))
+            found[cover, 2:] = self._told(group)
+        return found.reshape(N_PATCHES, 6)
+
+    def _told(self, group: Group) -> list[int]:
+        """Tokens of a group's count, colour and place; four, the last may be IGNORE."""
+        said = [language.COUNTS[group.count - 1], group.colour, *PLACES[group.place].split()]
+        return (self.tokenizer.convert_tokens_to_ids(said) + [IGNORE])[:4]
+
+    def _nouns(self, scene: Scene, prompt: list[int]) -> list[list[int]]:
+        """For each token of a question (length, 4): at a thing's name what is told about it, or "no" where it is absent."""
+        told = {thing: [self.tokenizer.convert_tokens_to_ids("no"), *[IGNORE] * 3] for thing in THINGS}
+        told |= {group.thing: self._told(group) for group in scene.groups}
+        return [told[self.thing[i]] if i in self.thing else [IGNORE] * 4 for i in prompt]
 
     def _turns(self, scene: Scene) -> list[language.Turn]:
         rng = random.Random(f"turns {scene.seed}")
@@ -259,7 +288,7 @@ class Batches(Dataset):
         n = len(self.prefix)
         row = {
             "ids": list(self.prefix), "turn": [0] * n, "positions": list(range(n)), "labels": [IGNORE] * n,
-            "weight": [0.0] * n, "slot": [0] * n,
+            "weight": [0.0] * n, "slot": [0] * n, "noun": [[IGNORE] * 4] * n,
         }  # fmt: skip
         for number, turn in enumerate(self._turns(scene), 1):
             prompt = self._ids(f"{turn.prompt} ASSISTANT:")
@@ -278,7 +307,13 @@ class Batches(Dataset):
             row["labels"] += [IGNORE] * (len(prompt) - 1) + response + [IGNORE]
             row["weight"] += [0.0] * (len(prompt) - 1) + weight.tolist() + [0.0]
             row["slot"] += [0] * (len(prompt) - 1) + slots.tolist() + [0]
+            row["noun"] += self._nouns(scene, prompt) + [[IGNORE] * 4] * len(response)
         return row
+
+
+def _last_words(thing: str) -> list[str]:
+    """The last word of a thing's name, for one and for many: what its name is known by."""
+    return [thing.split()[-1], language.PLURAL[thing].split()[-1]]
 
 
 def _patch_labels(scene: Scene, picture) -> dict[str, np.ndarray]:
@@ -319,19 +354,22 @@ class Run:
         self.history: list[dict] = []
         self.seconds = 0.0
 
-    def optimizer(self, stage: str) -> torch.optim.AdamW:
-        """AdamW; in the language stage the tower, which can already see, moves at `tower_share` of the rate."""
-        groups: dict[tuple, dict] = {}
-        for name, p in self.lab.named_parameters():
-            share = self.config.tower_share if stage == "language" and "vision_tower" in name else 1.0
-            key = (share, 0.05 if p.ndim > 1 else 0.0)
-            groups.setdefault(key, {"params": [], "share": share, "weight_decay": key[1]})["params"].append(p)
-        return torch.optim.AdamW(list(groups.values()), betas=(0.9, 0.98))
+    def optimizers(self, stage: str) -> list[torch.optim.Optimizer]:
+        """AdamW; in the language stage Muon for the matrices inside the blocks, which finds rare circuits sooner."""
+        rest = dict(self.lab.named_parameters())
+        matrices = [n for n, p in rest.items() if p.ndim == 2 and (".layers." in n or "projector" in n)]
+        muon = [rest.pop(n) for n in matrices] if stage == "language" else []
+        decayed = [{"params": [p for p in rest.values() if (p.ndim > 1) == wide], "weight_decay": 0.05 * wide} for wide in (0, 1)]
+        chosen: list[torch.optim.Optimizer] = [torch.optim.AdamW(decayed, betas=(0.9, 0.98))]
+        if muon:
+            chosen.append(torch.optim.Muon(muon, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"))
+        return chosen
 
-    def save(self, optimizer: torch.optim.AdamW) -> None:
+    def save(self, optimizers: list[torch.optim.Optimizer]) -> None:
         tensors = {f"lab.{k}": v for k, v in self.lab.state_dict().items() if k != "model.lm_head.weight"}
         for name, p in self.lab.named_parameters():
-            tensors |= {f"adam.{name}:{k}": v for k, v in optimizer.state.get(p, {}).items()}
+            for optimizer in optimizers:
+                tensors |= {f"moments.{name}:{k}": v for k, v in optimizer.state.get(p, {}).items()}
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         about = {"config": asdict(self.config), "done": self.done, "seconds": self.seconds, "history": self.history}
         _write_whole(self.work / "state.safetensors", lambda p: save_file(tensors, p, metadata={"about": json.dumps(about)}))
@@ -348,23 +386,26 @@ class Run:
         tensors = load_file(path)
         self.lab.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("lab.")}, strict=False)
         self.done, self.seconds, self.history = about["done"], about["seconds"], about["history"]
-        return {k[5:]: v for k, v in tensors.items() if k.startswith("adam.")}
+        return {k[8:]: v for k, v in tensors.items() if k.startswith("moments.")}
 
     def train(self) -> None:
-        adam = self.load()
+        moments = self.load()
         for stage in ("tower", "language"):
             if self.done[stage] < getattr(self.config, f"{stage}_steps"):
-                self._stage(stage, adam)
-                adam = {}
+                self._stage(stage, moments)
+                moments = {}
 
-    def _stage(self, stage: str, adam: dict[str, Tensor]) -> None:
+    def _stage(self, stage: str, moments: dict[str, Tensor]) -> None:
         config, steps = self.config, getattr(self.config, f"{stage}_steps")
-        optimizer = self.optimizer(stage)
-        if adam and self.done[stage]:
-            for name, p in self.lab.named_parameters():
-                state = {k: adam[f"{name}:{k}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{k}" in adam}
-                if state:
-                    optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+        optimizers = self.optimizers(stage)
+        if self.done[stage]:
+            parameters = dict(self.lab.named_parameters())
+            for optimizer in optimizers:
+                held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+                for key, value in moments.items():
+                    name, moment = key.split(":")
+                    if id(p := parameters[name]) in held:
+                        optimizer.state[p][moment] = value if moment == "step" else value.to(p.device)
         if stage == "language" and self.done[stage] == 0:
             pixels = _normalized(Batches(stage, config, 0, self.processor)[0]["pixels"].to(self.device))
             with torch.no_grad():
@@ -377,8 +418,8 @@ class Run:
         for batch in bar:
             step = self.done[stage]
             torch.manual_seed(step)  # which tokens a step drops does not depend on interruptions
-            for group in optimizer.param_groups:
-                group["lr"] = getattr(config, f"{stage}_rate") * _schedule(step, steps) * group["share"]
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = getattr(config, f"{stage}_rate") * _schedule(step, steps)
             batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
             pixels = _normalized(batch.pop("pixels"))
             with torch.autocast(torch.device(self.device).type, torch.bfloat16):
@@ -388,10 +429,11 @@ class Run:
                     more, told = self.lab.language_loss(patches, batch, self._n_kept(step, steps), config.drop_layer)
                     loss = 0.3 * (loss + self.lab.word_loss(patches, batch["patch_words"])) + more
                     scores = {f"sees_{k}": v for k, v in scores.items()} | told
-            optimizer.zero_grad()
+            self.lab.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.lab.parameters(), 1.0)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             self.done[stage] += 1
             for k, v in {"loss": loss.detach(), **scores}.items():
                 mean[k] = float(v) if k not in mean else 0.97 * mean[k] + 0.03 * float(v)
@@ -402,7 +444,7 @@ class Run:
             if now - saved > self.save_seconds or self.done[stage] == steps:
                 self.seconds += now - begun
                 saved = begun = now
-                self.save(optimizer)
+                self.save(optimizers)
 
     def _n_kept(self, step: int, steps: int) -> int:
         rng = random.Random(f"drop {self.config.seed} {step}")

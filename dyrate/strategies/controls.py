@@ -1,0 +1,206 @@
+"""Honest controls: what a clever rule must beat."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dyrate.strategies.fastv import FastV
+from dyrate.strategy import Strategy, rate_field
+
+
+@dataclass(kw_only=True)
+class Constant(Strategy):
+    """The same rate at every step: what a dynamic rate must beat at equal mean budget, in the same residency."""
+
+    rate: float = 0.5
+
+    def __post_init__(self):
+        rate_field("rate", self.rate)
+        super().__post_init__()
+
+    def keep(self, seen):
+        return 1 - self.rate
+
+    @classmethod
+    def at(cls, share, n_layers, **fields):
+        return cls(rate=1 - share, **fields)
+
+
+@dataclass(kw_only=True)
+class LinearAnneal(Strategy):
+    """The rate grows from `start` to `end` in equal steps over `steps` new tokens, whatever is seen."""
+
+    start: float = 0.0
+    end: float = 0.9
+    steps: int = 32
+
+    def __post_init__(self):
+        rate_field("start", self.start)
+        rate_field("end", self.end)
+        super().__post_init__()
+
+    def keep(self, seen):
+        return 1 - (self.start + (self.end - self.start) * min(1.0, seen.step / self.steps))
+
+    @classmethod
+    def at(cls, share, n_layers, **fields):
+        spread = min(share, 1 - share)  # the mean over `steps` is the share
+        return cls(start=1 - share - spread, end=1 - share + spread, **fields)
+
+
+@dataclass(kw_only=True)
+class MeanTrajectory(Strategy):
+    """One schedule for all inputs: rates[step], the last one from then on. With DyRate's mean rates: is it adaptive?"""
+
+    rates: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
+
+    def __post_init__(self):
+        for rate in self.rates:
+            rate_field("rates", rate)
+        super().__post_init__()
+
+    def keep(self, seen):
+        return 1 - self.rates[min(seen.step, len(self.rates) - 1)]
+
+    @classmethod
+    def at(cls, share, n_layers, **fields):
+        return cls(rates=(1 - share,), **fields)
+
+
+@dataclass(kw_only=True)
+class ShuffledRates(Strategy):
+    """Each row gets the rates that another sample had: rates[(row + 1) % samples][step]."""
+
+    rates: tuple[tuple[float, ...], ...] = ((0.0, 0.5), (0.25, 0.75))
+
+    def keep(self, seen):
+        mine = [self.rates[(row + 1) % len(self.rates)] for row in range(len(seen.image))]
+        return 1 - torch.tensor([r[min(seen.step, len(r) - 1)] for r in mine], device=seen.image.device)
+
+    @classmethod
+    def at(cls, share, n_layers, **fields):
+        return cls(rates=((1 - share,),), **fields)
+
+
+@dataclass(kw_only=True)
+class RandomPrune(FastV):
+    """FastV with lots drawn in place of its score. The same example draws the same lots in any batch."""
+
+    seed: int = 0
+    names: list[str] = field(default_factory=list, repr=False)
+
+    def meet(self, examples: Sequence) -> None:
+        self.names = [e.name for e in examples]
+
+    def score(self, seen):
+        rows, n = seen.image.shape
+        names = self.names or ["0"]
+        lots = []
+        for row in range(rows):
+            name = names[row * len(names) // rows]
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name} {seen.step}".encode()))
+            lots.append(torch.rand(n, generator=generator))
+        return torch.stack(lots).to(seen.image.device)
+
+
+@dataclass(kw_only=True)
+class WorstFirst(FastV):
+    """FastV upside down: keeps what is attended least. If this does not hurt, the ranking says nothing."""
+
+    def score(self, seen):
+        return -super().score(seen)
+
+
+@dataclass(kw_only=True)
+class NoRoPE(FastV):
+    """FastV's score without rotary positions, which favour the image's last rows (after FEATHER, arXiv:2412.13180)."""
+
+    needs = frozenset({"no_rope"})
+
+    def score(self, seen):
+        return seen.no_rope_attention.mean(1)
+
+
+@dataclass(kw_only=True)
+class UniformPool(Strategy):
+    """Down-sample before the decoder: evenly spread tokens stay, each the mean of what is nearest to it in the image."""
+
+    rate: float = 0.5
+    first_pruned_layer: int = 0
+    each_step = False
+
+    def stages(self, n_layers):
+        return (0,)
+
+    def keep(self, seen):
+        return 1 - self.rate
+
+    def score(self, seen):
+        return -evenly(seen.image.shape[1]).to(seen.image.device).expand(len(seen.image), -1)
+
+    def merge(self, seen, kept):
+        places = grid(seen.image.shape[1]).to(seen.image.device)
+        distance = torch.cdist(places, places)
+        hidden = seen.hidden.clone()
+        for i in range(len(hidden)):
+            centres, members = kept[i].nonzero()[:, 0], seen.image[i].nonzero()[:, 0]
+            nearest = distance[members][:, centres].argmin(1)
+            total = hidden.new_zeros(len(centres), hidden.shape[-1]).index_add(0, nearest, seen.hidden[i, members])
+            hidden[i, centres] = total / nearest.bincount(minlength=len(centres)).to(total)[:, None]
+        return hidden
+
+    @classmethod
+    def at(cls, share, n_layers, **fields):
+        return cls(rate=1 - share, **fields)
+
+
+def grid(n: int):
+    """Row and column of each of `n` tokens, (n, 2): a square in raster order, or a line where n is no square."""
+    side = round(n**0.5)
+    width = side if side * side == n else n
+    index = torch.arange(n)
+    return torch.stack([index // width, index % width], 1).float()
+
+
+def evenly(n: int):
+    """A rank for each of `n` tokens, (n,), such that the first m ranks are spread evenly over the image, for any m.
+
+    Tokens are taken in the order in which a low-discrepancy sequence (the plastic number's) first comes nearest to them.
+    """
+    places = grid(n)
+    size = places.max(0).values + 1
+    steps = torch.arange(1, 64 * n + 1, dtype=torch.float64)[:, None]
+    points = (0.5 + steps * torch.tensor([0.7548776662466927, 0.5698402909980532], dtype=torch.float64)) % 1 * size
+    cell = (points[:, 0].long() * int(size[1]) + points[:, 1].long()).tolist()
+    order = dict.fromkeys([*cell, *range(n)])
+    rank = torch.empty(n)
+    rank[list(order)] = torch.arange(n, dtype=torch.float)
+    return rank
+
+
+@dataclass(kw_only=True)
+class Oracle(FastV):
+    """Knows which patches show something (pocket only): keeps those first, by attention among equals."""
+
+    masks: list[torch.Tensor] | None = field(default=None, repr=False)
+
+    def meet(self, examples: Sequence) -> None:
+        from dyrate.pocket.scenes import render
+
+        if any(e.scene is None for e in examples):
+            raise ValueError("Oracle needs to know what an image shows: use it on pocket scenes")
+        self.masks = []
+        for example in examples:
+            picture = render(example.scene)
+            self.masks.append(torch.from_numpy(picture.cover.any(0) | picture.word_cover).flatten())
+
+    def score(self, seen):
+        if self.masks is None:
+            raise ValueError("Oracle was not told which examples these are: call `meet(examples)` before generating")
+        rows = len(seen.image)
+        shown = torch.stack([self.masks[row * len(self.masks) // rows] for row in range(rows)]).to(seen.image.device)
+        return super().score(seen) + shown.float()  # attention is at most 1

@@ -1,0 +1,28 @@
+"""After DyCoke's second stage (arXiv:2411.15024): the prefill is whole, and each new token reads a subset of its own."""
+
+from dataclasses import dataclass
+
+from dyrate.strategy import Strategy, rate_field
+
+
+@dataclass(kw_only=True)
+class DyCoke(Strategy):
+    """While decoding, attend to the `1 - rate` most attended image tokens, chosen anew at each token; none is lost.
+
+    DyCoke chooses anew only when attention has moved, to save work; its first stage merges video frames and does not apply.
+    """
+
+    first_pruned_layer: int = 3
+    residency: str = "hide"
+    rate: float = 0.7
+
+    def __post_init__(self):
+        rate_field("rate", self.rate)
+        super().__post_init__()
+
+    def keep(self, seen):
+        return 1 - self.rate if seen.step else 1.0
+
+    @classmethod
+    def at(cls, share, n_layers, **fields):
+        return cls(rate=1 - share, **fields)

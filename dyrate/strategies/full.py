@@ -1,0 +1,13 @@
+"""No pruning: what every comparison is measured against."""
+
+from dataclasses import dataclass
+
+from dyrate.strategy import Strategy
+
+
+@dataclass(kw_only=True)
+class Full(Strategy):
+    """Keep every image token in every layer."""
+
+    def stages(self, n_layers):
+        return ()

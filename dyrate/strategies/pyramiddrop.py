@@ -1,0 +1,35 @@
+"""PyramidDrop (arXiv:2410.17247): the image shrinks by the same factor at a few depths."""
+
+from dataclasses import dataclass
+
+from dyrate.strategy import Strategy, rate_field
+
+
+@dataclass(kw_only=True)
+class PyramidDrop(Strategy):
+    """At a quarter, half and three quarters of the depth keep `ratio` of what is left (the paper's lambda, 0.5).
+
+    Tokens are ranked by the last instruction token's attention in the layer before each stage.
+    """
+
+    ratio: float = 0.5
+    each_step = False
+
+    def __post_init__(self):
+        rate_field("ratio", self.ratio)
+        super().__post_init__()
+
+    def stages(self, n_layers):
+        return sorted({max(1, n_layers * i // 4) for i in (1, 2, 3)})
+
+    def keep(self, seen):
+        return self.ratio ** (1 + list(self.stages(seen.n_layers)).index(seen.layer))
+
+    @classmethod
+    def at(cls, share, n_layers, **fields):
+        """The ratio whose mean over the three stages is the share: ratio + ratio^2 + ratio^3 = 3 share."""
+        low, high = 0.0, 1.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if middle + middle**2 + middle**3 < 3 * share else (low, middle)
+        return cls(ratio=high, **fields)

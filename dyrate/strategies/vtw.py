@@ -1,0 +1,24 @@
+"""VTW, visual tokens withdrawal (arXiv:2405.05803): from layer K on there are no image tokens at all."""
+
+from dataclasses import dataclass
+
+from dyrate.strategy import Strategy
+
+
+@dataclass(kw_only=True)
+class VTW(Strategy):
+    """Drop every image token before layer `first_pruned_layer`; the paper takes half the depth, 16 of 32."""
+
+    first_pruned_layer: int = 16
+    each_step = False
+
+    def keep(self, seen):
+        return 0.0
+
+    def score(self, seen):
+        return seen.image.float()
+
+    @classmethod
+    def at(cls, share, n_layers, **fields):
+        """Here the share is one of layers: so many still see the image."""
+        return cls(first_pruned_layer=round(share * n_layers), **fields)

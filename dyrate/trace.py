@@ -1,0 +1,62 @@
+"""What a strategy did while a model generated: one record a step, kept without waiting for the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from dyrate.segments import SEGMENTS
+
+
+@dataclass
+class Stage:
+    """One stage at one step. counts: kept image tokens of each row; kept: which, (batch, image_token)."""
+
+    layer: int
+    counts: list[int]
+    kept: Tensor
+    shares: Tensor | None  # (batch, head, 4) of the newest query; None where attention was not read
+
+
+@dataclass
+class Step:
+    """One forward pass. kv_bytes: cached bytes of each layer after it; tokens: length of each row so far, padding left out."""
+
+    stages: list[Stage]
+    kv_bytes: list[int]
+    tokens: list[int]
+
+
+@dataclass
+class Trace:
+    """The record of one `generate`: `steps[0]` is the prefill. With beams, rows are beams as they stood at each step.
+
+    n_image: image tokens of each row.
+    """
+
+    n_image: list[int] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+
+    def kept_share(self) -> np.ndarray:
+        """Share of image tokens that stay, (step, row): mean over stages; 1 where a strategy has none."""
+        if not any(step.stages for step in self.steps):
+            return np.ones((len(self.steps), len(self.n_image)))
+        counts = np.array([[stage.counts for stage in step.stages] for step in self.steps], dtype=float)
+        return counts.mean(1) / np.array(self.n_image)
+
+    def frame(self) -> pd.DataFrame:
+        """One row per step, batch row and stage: rate, kept image tokens, cached bytes (all layers), segment shares."""
+        rows = []
+        for t, step in enumerate(self.steps):
+            for stage in step.stages:
+                shares = None if stage.shares is None else stage.shares.float().mean(1).cpu().numpy()
+                for i, kept in enumerate(stage.counts):
+                    n = self.n_image[i]
+                    row = {"step": t, "row": i, "layer": stage.layer, "image_tokens": n, "kept": kept, "rate": 1 - kept / n}
+                    row["kv_bytes"] = sum(step.kv_bytes) // len(stage.counts)
+                    row |= {f"{s}_share": float("nan") if shares is None else shares[i, j] for j, s in enumerate(SEGMENTS)}
+                    rows.append(row)
+        return pd.DataFrame(rows)
