@@ -254,6 +254,7 @@ class _Pruning:
             group.inherit(self.start)
         self.prompt, self.step = ids.shape[1], -1
         self.trace.n_image, self.trace.steps = list(self.n_image), []
+        self.trace.n_instruction = self.segments.mask("instruction").sum(1).tolist()
         self.projections.clear()
 
     def end(self, module, args, output) -> None:
@@ -265,7 +266,8 @@ class _Pruning:
 
     @property
     def decided(self) -> list[Stage]:
-        return [Stage(g.first, list(g.counts), g.kept, self.shares.get(g.first)) for g in self.groups]
+        nothing = _Group(self.n_layers, self.n_layers, self.image, self.n_image)
+        return [Stage(g.first, list(g.counts), g.kept, self.shares.get(g.first)) for g in self.groups or [nothing]]
 
     def take_rows(self, index: Tensor) -> None:
         """Rows of the batch were reordered, chosen or repeated: follow."""

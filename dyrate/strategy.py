@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Literal
 
@@ -55,6 +55,7 @@ class Seen:
     segments: Segments
     look: Look | None
     columns: Tensor | None
+    notes: dict = field(default_factory=dict)  # scratch, for what `keep`, `score` and `merge` share in one decision
     read_hidden: Callable[[Tensor], Tensor] | None = None
     read_vision: Callable[[], Vision] | None = None
     read_no_rope: Callable[[], Tensor] | None = None
@@ -163,6 +164,10 @@ class Strategy:
     def merge(self, seen: Seen, kept: Bool[Tensor, "batch image_token"]) -> Float[Tensor, "batch image_token width"] | None:
         """New hidden states for the kept tokens, with what the dropped ones said; None leaves them as they are."""
         return None
+
+    def selector_macs(self, shape, n_image: int, n_instruction: int) -> int:
+        """Multiply-accumulates of deciding at all stages of one prefill, beside the observed rows of attention."""
+        return 0
 
     def meet(self, examples: Sequence) -> None:
         """Told which examples the next batch's rows are, for strategies that know something of each."""

@@ -34,16 +34,15 @@ class Step:
 class Trace:
     """The record of one `generate`: `steps[0]` is the prefill. With beams, rows are beams as they stood at each step.
 
-    n_image: image tokens of each row.
+    n_image, n_instruction: such tokens of each row.
     """
 
     n_image: list[int] = field(default_factory=list)
+    n_instruction: list[int] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
 
     def kept_share(self) -> np.ndarray:
-        """Share of image tokens that stay, (step, row): mean over stages; 1 where a strategy has none."""
-        if not any(step.stages for step in self.steps):
-            return np.ones((len(self.steps), len(self.n_image)))
+        """Share of image tokens that stay, (step, row): mean over stages."""
         counts = np.array([[stage.counts for stage in step.stages] for step in self.steps], dtype=float)
         return counts.mean(1) / np.array(self.n_image)
 

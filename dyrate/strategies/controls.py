@@ -73,17 +73,28 @@ class MeanTrajectory(Strategy):
 
 @dataclass(kw_only=True)
 class ShuffledRates(Strategy):
-    """Each row gets the rates that another sample had: rates[(row + 1) % samples][step]."""
+    """Each example gets rates that another one had: rates[k][step], k drawn by its name. Is the rate made for its input?"""
 
     rates: tuple[tuple[float, ...], ...] = ((0.0, 0.5), (0.25, 0.75))
+    names: list[str] = field(default_factory=list, repr=False)
+
+    def meet(self, examples: Sequence) -> None:
+        self.names = [e.name for e in examples]
 
     def keep(self, seen):
-        mine = [self.rates[(row + 1) % len(self.rates)] for row in range(len(seen.image))]
+        mine = [self.rates[zlib.crc32(name.encode()) % len(self.rates)] for name in _by_row(self.names, len(seen.image))]
         return 1 - torch.tensor([r[min(seen.step, len(r) - 1)] for r in mine], device=seen.image.device)
 
     @classmethod
     def at(cls, share, n_layers, **fields):
         return cls(rates=((1 - share,),), **fields)
+
+
+def _by_row(items: Sequence, n_rows: int) -> list:
+    """What belongs to each row of the batch: with beams, several rows come from one example."""
+    if not items:
+        raise ValueError("this strategy was not told which examples these are: call `meet(examples)` before generating")
+    return [items[row * len(items) // n_rows] for row in range(n_rows)]
 
 
 @dataclass(kw_only=True)
@@ -98,10 +109,8 @@ class RandomPrune(FastV):
 
     def score(self, seen):
         rows, n = seen.image.shape
-        names = self.names or ["0"]
         lots = []
-        for row in range(rows):
-            name = names[row * len(names) // rows]
+        for name in _by_row(self.names or [""], rows):
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name} {seen.step}".encode()))
             lots.append(torch.rand(n, generator=generator))
         return torch.stack(lots).to(seen.image.device)
@@ -120,6 +129,9 @@ class NoRoPE(FastV):
     """FastV's score without rotary positions, which favour the image's last rows (after FEATHER, arXiv:2412.13180)."""
 
     needs = frozenset({"no_rope"})
+
+    def selector_macs(self, shape, n_image, n_instruction):
+        return n_image * shape.width
 
     def score(self, seen):
         return seen.no_rope_attention.mean(1)
@@ -186,7 +198,7 @@ def evenly(n: int):
 class Oracle(FastV):
     """Knows which patches show something (pocket only): keeps those first, by attention among equals."""
 
-    masks: list[torch.Tensor] | None = field(default=None, repr=False)
+    masks: list[torch.Tensor] = field(default_factory=list, repr=False)
 
     def meet(self, examples: Sequence) -> None:
         from dyrate.pocket.scenes import render
@@ -199,8 +211,5 @@ class Oracle(FastV):
             self.masks.append(torch.from_numpy(picture.cover.any(0) | picture.word_cover).flatten())
 
     def score(self, seen):
-        if self.masks is None:
-            raise ValueError("Oracle was not told which examples these are: call `meet(examples)` before generating")
-        rows = len(seen.image)
-        shown = torch.stack([self.masks[row * len(self.masks) // rows] for row in range(rows)]).to(seen.image.device)
+        shown = torch.stack(_by_row(self.masks, len(seen.image))).to(seen.image.device)
         return super().score(seen) + shown.float()  # attention is at most 1

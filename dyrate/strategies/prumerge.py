@@ -46,6 +46,10 @@ class PruMerge(Strategy):
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-12)
         return vision.project((weight[..., None].to(vision.features) * vision.features[row, near]).sum(2))
 
+    def selector_macs(self, shape, n_image, n_instruction):
+        """[CLS]'s row, likeness of keys, and projecting once more what was merged."""
+        return n_image * ((1 + n_image) * shape.tower_width + shape.tower_width * shape.width + shape.width**2)
+
     @classmethod
     def at(cls, share, n_layers, **fields):
         return cls(share=share, **fields)

@@ -54,8 +54,21 @@ class SparseVLM(Strategy):
                 hidden[i, centre] = seen.hidden[i, cluster].mean(0)
         return hidden
 
+    @classmethod
+    def at(cls, share, n_layers, **fields):
+        return cls(share=share, **fields)
+
+    def selector_macs(self, shape, n_image, n_instruction):
+        """Relevance of words to patches, and the words' rows of attention; at most, for later stages see fewer tokens."""
+        return len(self.stages(shape.layers)) * 2 * n_image * n_instruction * shape.width
+
     def _rows(self, seen):
         """The instruction's attention (batch, text, image_token), and which of its tokens rate (batch, text)."""
+        if "rows" not in seen.notes:
+            seen.notes["rows"] = self._read_rows(seen)
+        return seen.notes["rows"]
+
+    def _read_rows(self, seen):
         rows, real = seen.instruction_attention
         words = seen.instruction_hidden.float()
         relevance = (seen.hidden.float() @ words.transpose(1, 2)).masked_fill(~real[:, None], -torch.inf).softmax(2)
@@ -69,6 +82,11 @@ class SparseVLM(Strategy):
 
     def _recycle(self, seen, rated):
         """For each row: the best-rated tokens, and the recycled clusters {centre: members}, so many as `keep` leaves room."""
+        if "recycled" not in seen.notes:
+            seen.notes["recycled"] = self._find_clusters(seen, rated)
+        return seen.notes["recycled"]
+
+    def _find_clusters(self, seen, rated):
         share = torch.as_tensor(self.keep(seen)).expand(len(rated)).tolist()
         found = []
         for i in range(len(rated)):

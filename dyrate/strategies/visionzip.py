@@ -63,6 +63,13 @@ class VisionZip(Strategy):
         spread = torch.arange(n_contextual, device=rest.device) * len(rest) // max(1, n_contextual)
         return dominant, rest[spread]
 
+    def selector_macs(self, shape, n_image, n_instruction):
+        """[CLS]'s row, likeness of keys, and projecting once more what was merged."""
+        kept = kept_count(n_image, 1 - self.rate)
+        targets = round(kept * self.contextual)
+        project = n_image * (shape.tower_width * shape.width + shape.width**2)
+        return (n_image + (n_image - kept + targets) * targets) * shape.tower_width + project
+
     @classmethod
     def at(cls, share, n_layers, **fields):
         return cls(rate=1 - share, **fields)
