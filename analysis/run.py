@@ -24,6 +24,8 @@ import papermill
 import yaml
 from jupyter_client.kernelspec import KernelSpecManager
 
+from dyrate.files import write_whole
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "analysis").glob("[0-9][0-9]_*.ipynb"))
 PACKAGES = ("torch", "transformers", "numpy", "pandas", "matplotlib", "pillow", "papermill", "pycocoevalcap")
@@ -122,9 +124,7 @@ def run(notebook: Path, profile: str, values: dict, *, force: bool = False) -> b
         return False
     content = json.loads(headline.read_text())
     content["provenance"] = provenance(profile, values, state, time.monotonic() - begun)
-    temporary = headline.with_suffix(".part")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(headline)
+    write_whole(headline, json.dumps(content, indent=1) + "\n")
     part.replace(executed)
     print(f"{notebook.stem}: done in {content['provenance']['seconds']} s")
     return True

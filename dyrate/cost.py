@@ -115,12 +115,12 @@ def layer_tokens(trace: Trace, n_layers: int) -> np.ndarray:
 
 def ledger(
     shape: Shape, trace: Trace, strategy: Strategy, *, mlp_matrices: int = 3, cache: bool = True, text: bool = True,
-    itemsize: int = 2,
+    itemsize: int = 2, lengths: Sequence[int] | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """What a traced run cost, one line per batch row: multiply-accumulates of tower, prefill, decode, lm_head, selector; bytes.
 
     strategy: what the trace is of; in residency "hide" prefill and cache are whole. cache: False if every step ran over the
-    whole sequence again. text: False counts image tokens alone.
+    whole sequence again. text: False counts image tokens alone. lengths: tokens of each row's answer, if some ended early.
     """
     hidden = strategy.residency == "hide"
     observed = [s - 1 for s in strategy.stages(shape.layers) if 0 < s < shape.layers]
@@ -130,15 +130,15 @@ def ledger(
     whole = np.repeat(tokens[:1].max(-1, keepdims=True), shape.layers, -1) if hidden else tokens[:1]
     rows = []
     for row in range(tokens.shape[1]):
-        steps = tokens[1:, row]
+        steps = tokens[1 : None if lengths is None else lengths[row], row]
         decode = sum((decode_macs if cache else prefill_macs)(shape, n, mlp_matrices) for n in steps)
         held = [n[:1].repeat(shape.layers) for n in steps] if hidden else list(steps)
         last = held[-1] if held else whole[0, row]
         rows.append({
             "row": row, "tower": tower_macs(shape, trace.n_image[row] // max(1, shape.patches - 1)),
             "prefill": prefill_macs(shape, whole[0, row], mlp_matrices), "decode": decode,
-            "lm_head": len(tokens) * shape.width * shape.vocabulary,
-            "selector": int(tokens[: None if strategy.each_step else 1, row][:, observed].sum()) * shape.width
+            "lm_head": (1 + len(steps)) * shape.width * shape.vocabulary,
+            "selector": int(tokens[: 1 + len(steps) if strategy.each_step else 1, row][:, observed].sum()) * shape.width
             + strategy.selector_macs(shape, trace.n_image[row], trace.n_instruction[row]),
             "kv_bytes": kv_bytes(shape, last, itemsize),
             "kv_read_bytes": sum(kv_bytes(shape, n, itemsize) for n in steps),

@@ -1,12 +1,33 @@
-"""Generate answers for examples, batch by batch."""
+"""Generate answers under strategies, store each as soon as it is finished, and score them.
+
+`answers` is the plain loop over a model. `run` measures strategies on examples: an interrupted run goes on where it
+stopped, several processes (`accelerate launch`) share the work, and both end with the table that one run would give.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
 import torch
+from accelerate import PartialState
 from tqdm import tqdm
 
+from dyrate import metrics
 from dyrate.attention import encode
+from dyrate.cost import ledger, shape_of
 from dyrate.datasets import Example, Examples
+from dyrate.files import append_lines, write_whole
+from dyrate.models import describe
+from dyrate.pocket.language import read_description
+from dyrate.strategy import Strategy
+
+PACKAGE = Path(__file__).parent
+DECIDES = ("engine.py", "look.py", "segments.py", "strategy.py", "trace.py", "cost.py", "datasets.py", "attention.py")
 
 
 def answers(
@@ -16,11 +37,166 @@ def answers(
     found = []
     bar = tqdm(total=len(examples), desc="answers", disable=not progress)
     for batch, images in examples.batches(batch_size):
-        inputs = encode(processor, images, [e.prompt for e in batch]).to(model.device, model.dtype)
-        with torch.inference_mode():
-            output = model.generate(**inputs, **({"do_sample": False, "max_new_tokens": max_new_tokens} | generate))
-        texts = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        found += zip(batch, [text.strip() for text in texts], strict=True)
+        texts, _ = _generate(model, processor, batch, images, {"max_new_tokens": max_new_tokens} | generate)
+        found += zip(batch, texts, strict=True)
         bar.update(len(batch))
     bar.close()
     return found
+
+
+def _generate(model, processor, batch: list[Example], images: list, settings: dict) -> tuple[list[str], list[int]]:
+    """Texts, and how many tokens each took with its end token."""
+    inputs = encode(processor, images, [e.prompt for e in batch]).to(model.device, model.dtype)
+    with torch.inference_mode():
+        output = model.generate(**inputs, **({"do_sample": False} | settings))
+    said = output[:, inputs["input_ids"].shape[1] :]
+    ends = model.generation_config.eos_token_id
+    ended = torch.isin(said, torch.tensor(ends, device=said.device)) if ends is not None else torch.zeros_like(said).bool()
+    lengths = (ended.cumsum(1) - ended.long() == 0).sum(1).tolist()
+    return [t.strip() for t in processor.tokenizer.batch_decode(said, skip_special_tokens=True)], lengths
+
+
+def run(
+    model, processor, strategies: dict[str, Strategy], examples: Examples, store: Path, *, max_new_tokens: int = 64,
+    batch_size: int = 32, progress: bool = True, **generate,
+) -> pd.DataFrame:  # fmt: skip
+    """One row for each strategy and example: answer, tokens, mean kept share, multiply-accumulates and bytes.
+
+    strategies: by the label that tables show. store: a folder of finished samples; what another model, strategy, example
+    or setting made is never mixed in. A batch is the same in every run, so an interrupt changes no number. Under
+    `accelerate launch` each process takes its part, and all return the whole table.
+    """
+    settings = {"max_new_tokens": max_new_tokens} | generate
+    state = PartialState()
+    folder = _folder(store, model, strategies, examples, settings | {"batch_size": batch_size}, state)
+    mine = folder / f"part-{state.process_index:03}-of-{state.num_processes:03}.jsonl"
+    tasks = dict.fromkeys(e.task for e in examples)
+    chunks = []
+    for task in tasks:
+        of_task = [e for e in examples if e.task == task]
+        chunks += [of_task[i : i + batch_size] for i in range(0, len(of_task), batch_size)]
+    work = [(label, chunk) for label in strategies for chunk in chunks][state.process_index :: state.num_processes]
+    done = {(row["strategy"], row["sample"]) for row in _read(folder)}
+    bar = tqdm(total=sum(len(chunk) for _, chunk in work), desc="answers", disable=not progress or not state.is_main_process)
+    for label, chunk in work:
+        if not all((label, e.name) in done for e in chunk):
+            bar.set_postfix_str(f"{label}, {chunk[0].task}")
+            for batch, images in Examples(chunk, examples.source, examples.problems).batches(len(chunk)):
+                rows = _measure(model, processor, label, strategies[label], batch, images, settings)
+                append_lines(mine, [json.dumps(row) for row in rows])
+        bar.update(len(chunk))
+    bar.close()
+    state.wait_for_everyone()
+    return _table(folder, list(strategies), [e.name for e in examples])
+
+
+def _measure(model, processor, label: str, strategy: Strategy, batch, images, settings: dict) -> list[dict]:
+    strategy.meet(batch)
+    with strategy(model, processor) as trace:
+        texts, lengths = _generate(model, processor, batch, images, settings)
+    costs = ledger(shape_of(model), trace, strategy, lengths=lengths, itemsize=model.dtype.itemsize)
+    share = trace.kept_share()
+    rows = []
+    for i, example in enumerate(batch):
+        cost = {k: int(v) for k, v in costs.iloc[i].items() if k != "row"}
+        kept = float(share[: lengths[i], i].mean())
+        row = {"strategy": label, "sample": example.name, "task": example.task, "answer": texts[i], "tokens": lengths[i]}
+        rows.append(row | {"kept": kept} | cost)
+    return rows
+
+
+def _folder(store: Path, model, strategies, examples, settings: dict, state) -> Path:
+    """A folder of its own for this very measurement, with a note of what that is."""
+    code = hashlib.sha256()
+    for path in [PACKAGE / name for name in DECIDES] + sorted((PACKAGE / "strategies").glob("*.py")):
+        code.update(path.read_bytes())
+    about = {
+        "model": describe(model) | {"name": model.config._name_or_path, "weights": _sum_of_weights(model)},
+        "strategies": {k: _described(v) for k, v in strategies.items()}, "settings": {k: str(v) for k, v in settings.items()},
+        "examples": [[e.name, e.prompt, str(e.path)] for e in examples], "code": code.hexdigest(),
+    }  # fmt: skip
+    text = json.dumps(about, indent=1, sort_keys=True)
+    folder = Path(store) / hashlib.sha256(text.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    if state.is_main_process:
+        write_whole(folder / "about.json", text + "\n")
+    return folder
+
+
+def _described(strategy: Strategy) -> str:
+    """A strategy with all its fields, and its own source where it is not the package's."""
+    own = "" if type(strategy).__module__.startswith("dyrate.") else inspect.getsource(type(strategy))
+    return repr(strategy) + own
+
+
+def _sum_of_weights(model) -> float:
+    """Tells two checkpoints of one name apart."""
+    return float(sum(p.detach().double().abs().sum() for p in model.get_decoder().parameters()))
+
+
+def _read(folder: Path) -> list[dict]:
+    """Every whole line that any process stored; of one sample stored twice, the first."""
+    rows: dict[tuple[str, str], dict] = {}
+    for path in sorted(folder.glob("part-*.jsonl")):
+        for line in path.read_bytes().split(b"\n")[:-1]:
+            row = json.loads(line)
+            rows.setdefault((row["strategy"], row["sample"]), row)
+    return list(rows.values())
+
+
+def _table(folder: Path, labels: list[str], names: list[str]) -> pd.DataFrame:
+    order = {name: i for i, name in enumerate(names)}
+    rows = [row for row in _read(folder) if row["strategy"] in labels and row["sample"] in order]
+    rows.sort(key=lambda row: (labels.index(row["strategy"]), order[row["sample"]]))
+    return pd.DataFrame(rows)
+
+
+def scored(table: pd.DataFrame, examples: Examples) -> pd.DataFrame:
+    """The table with `score` (1 is best, but CIDEr has no bound) and `invented`, the share of named things that are not there.
+
+    Captions score CIDEr; pocket descriptions the share of slots (thing, colour, count, place) that are right; questions 1 or
+    0. invented is NaN where nothing can be said.
+    """
+    from dyrate.pocket.quality import slot_scores  # which imports this file
+
+    by_name = {e.name: e for e in examples}
+    table = table.assign(score=np.nan, invented=np.nan)
+    for (_, task), rows in table.groupby(["strategy", "task"], sort=False):
+        found = [by_name[name] for name in rows["sample"]]
+        if task == "caption":
+            scores = metrics.cider(list(rows.answer), [e.references for e in found])
+        elif task.startswith("qa_"):
+            scores = [metrics.exact_match(a, e.references) for a, e in zip(rows.answer, found, strict=True)]
+        else:
+            scores = [slot_scores(e.scene, a).mean() for a, e in zip(rows.answer, found, strict=True)]
+            table.loc[rows.index, "invented"] = [_invented(e, a) for a, e in zip(rows.answer, found, strict=True)]
+        table.loc[rows.index, "score"] = scores
+    return table
+
+
+def _invented(example: Example, text: str) -> float:
+    """CHAIR's share (arXiv:1809.02156), exact here: of the things that a description names, those that the scene lacks."""
+    named = [said["thing"] for said in read_description(text)]
+    shown = {group.thing for group in example.scene.groups}
+    return float(np.mean([thing not in shown for thing in named])) if named else float("nan")
+
+
+def compare(table: pd.DataFrame, reference: str = "Full") -> pd.DataFrame:
+    """One row for each strategy and task: score with its interval, difference from `reference` on the same samples, cost.
+
+    macs_share: multiply-accumulates of the decoder (prefill and decode) relative to the reference.
+    """
+    rows = []
+    for (label, task), found in table.groupby(["strategy", "task"], sort=False):
+        base = table[(table.strategy == reference) & (table.task == task)].set_index("sample")
+        mine = found.set_index("sample")
+        score = metrics.bootstrap(mine.score)
+        row = {"strategy": label, "task": task, "n": len(found), **{k: score[k] for k in ("value", "low", "high")}}
+        if len(base):
+            loss = metrics.bootstrap((mine.score - base.score).dropna())
+            row |= {f"difference_{k}": loss[k] for k in ("value", "low", "high")}
+            decoder = (mine.prefill + mine.decode).mean() / (base.prefill + base.decode).mean()
+            row |= {"macs_share": decoder, "prefill_share": mine.prefill.mean() / base.prefill.mean()}
+            row |= {"kv_share": mine.kv_bytes.mean() / base.kv_bytes.mean()}
+        rows.append(row | {"kept": mine.kept.mean(), "tokens": mine.tokens.mean(), "invented": mine.invented.mean()})
+    return pd.DataFrame(rows)

