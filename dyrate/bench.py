@@ -1,13 +1,16 @@
-"""What observing costs: a table of times and memory, as ratios measured in one run.
+"""What observing and dropping cost and save: tables of ratios, each measured in one run.
 
-    python -m dyrate.bench                       # 576 image tokens, 64 new tokens, every layer observed
+    python -m dyrate.bench prune                 # 576 image tokens: prefill, decode, cache, against the limit
+    python -m dyrate.bench observe               # every layer observed: time and memory
 
-The model has random weights: neither time nor memory depends on them.
+The model has random weights: neither time nor memory depends on them. The limit is the same model fed, natively, only as
+many tokens as a strategy keeps; `realised` is (plain - strategy) / (plain - limit).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import statistics
 import subprocess
@@ -15,14 +18,20 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, StoppingCriteria
 
+import dyrate
 from dyrate.attention import _Recorder
 from dyrate.engine import observe
+from dyrate.files import write_whole
+from dyrate.metrics import bootstrap
 from dyrate.segments import find_segments
+from dyrate.strategy import kept_count
 
 MODES = ("plain", "observed", "eager")
+SIZES = ("layers", "width", "heads", "side", "new_tokens")
 IMAGE = 60
 
 
@@ -77,12 +86,113 @@ def peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, value in dict(layers=8, width=512, heads=8, side=24, new_tokens=64, repeats=5).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    parser.add_argument("--memory-of", choices=MODES, help=argparse.SUPPRESS)
-    given = parser.parse_args(argv)
+class Clock(StoppingCriteria):
+    """Notes the time at which each token is there."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def timed(model, n_image: int, batch: int, new_tokens: int, strategy=None, side: int = 24) -> tuple[float, float, int]:
+    """Seconds of the prefill with the vision tower, seconds of a decode step, cached bytes at the end.
+
+    n_image: side * side for a prompt with its image; fewer for the limit: so many plain tokens in its place, the tower run
+    beside.
+    """
+    device, native = model.device, n_image < side * side
+    middle = [7] * n_image if native else [IMAGE] * n_image
+    ids = torch.tensor([[1, *range(5, 40), *middle, *range(5, 25)]] * batch, device=device)
+    pixels = torch.zeros(batch, 3, 14 * side, 14 * side, device=device, dtype=model.dtype)
+    clock = Clock()
+    settings = dict(
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens, stopping_criteria=[clock], suppress_tokens=[IMAGE], return_dict_in_generate=True,
+    )  # fmt: skip
+    with torch.inference_mode():
+        begun = time.perf_counter()
+        if native:
+            model.get_image_features(pixels)
+            out = model.generate(**settings)
+        elif strategy is None:
+            out = model.generate(**settings, pixel_values=pixels)
+        else:
+            with strategy(model):
+                out = model.generate(**settings, pixel_values=pixels)
+    steps = np.diff(clock.times)
+    held = sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in out.past_key_values.layers)
+    return clock.times[0] - begun, float(np.median(steps)) if len(steps) else float("nan"), held
+
+
+def realised(plain: list[float], pruned: list[float], limit: list[float]) -> dict:
+    """Share of the ideal saving, with its bootstrap interval over repeats; paired by repeat, medians of each."""
+    rows = np.array([plain, pruned, limit]).T
+
+    def share(x, axis):
+        full, mine, best = np.median(x, axis=axis)
+        return (full - mine) / (full - best)
+
+    found = bootstrap(rows, share, resamples=1000)
+    return {k: float(found[k]) for k in ("value", "low", "high")} | {"n": int(found["n"])}
+
+
+def prune(given) -> None:
+    """Prefill at batch 1 and decode at batch 8, plain, pruned and native, in turn."""
+    model = build(given.layers, given.width, given.heads, given.side)
+    n = given.side**2
+    cases = {
+        "keep1": (1, given.new_tokens, 0.0, dyrate.FastV(rate=0.0)),
+        "prefill_r50": (1, 1, 0.5, dyrate.FastV(rate=0.5)),
+        "prefill_r90": (1, 1, 0.9, dyrate.FastV(rate=0.9)),
+        "decode_b8_r90": (8, 17, 0.9, dyrate.FastV(rate=0.9)),
+        "decode_b8_r90_each_step": (8, 17, 0.9, dyrate.LinearAnneal(start=0.9, end=0.95, steps=100)),
+        "decode_b8_r90_hide": (8, 17, 0.9, dyrate.Constant(rate=0.9, residency="hide")),
+    }
+    rows, results = [], {}
+    for name, (batch, new_tokens, rate, strategy) in cases.items():
+        kept = kept_count(n, 1 - rate)
+        runs = {"plain": [], "strategy": [], "limit": []}
+        ways = {"plain": (n, None), "strategy": (n, strategy)} | ({"limit": (kept, None)} if rate else {})
+        for way in ways.values():
+            timed(model, way[0], batch, min(4, new_tokens), way[1], given.side)
+        for _ in range(given.repeats):
+            for key, (tokens, how) in ways.items():
+                runs[key].append(timed(model, tokens, batch, new_tokens, how, given.side))
+        column = 0 if "prefill" in name else 1
+        if rate == 0:
+            whole = [[prefill + step * (new_tokens - 1) for prefill, step, _ in runs[key]] for key in ("plain", "strategy")]
+            ratio = bootstrap(np.array(whole).T, lambda x, axis: np.divide(*np.median(x, axis=axis)[::-1]), resamples=1000)
+            results["keep1_over_plain"] = {k: float(ratio[k]) for k in ("value", "low", "high")} | {"n": ratio["n"]}
+        else:
+            results[f"{name}_realised"] = realised(*([run[column] for run in runs[key]] for key in runs))
+        for key, found in runs.items():
+            if found:
+                median = np.median(found, axis=0)
+                rows.append([name, key, 1000 * median[0], 1000 * median[1], median[2] / 2**20])
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{n} image tokens, {given.layers} layers x {given.width}, first pruned layer 2, {device}")
+    print(f"{'case':26}{'way':10}{'prefill ms':>12}{'ms / token':>12}{'cache MiB':>12}")
+    for name, key, prefill, step, held in rows:
+        print(f"{name:26}{key:10}{prefill:12.1f}{step:12.2f}{held:12.1f}")
+    bars = {"keep1_over_plain": 1.05, "prefill_r50_realised": 0.9, "prefill_r90_realised": 0.9, "decode_b8_r90_realised": 0.75}
+    for name, found in results.items():
+        bar = bars.get(name)
+        met = "" if bar is None else f"  bar {bar}: {'met' if (found['value'] <= bar) == (name[0] == 'k') else 'missed'}"
+        print(f"{name:36}{found['value']:7.3f}  ({found['low']:.3f} to {found['high']:.3f}, n = {found['n']}){met}")
+    if given.out:
+        about = {"device": device, "image_tokens": n, "layers": given.layers, "width": given.width, "torch": torch.__version__}
+        names = {"prefill_r50_realised": "prefill_realised_r50", "prefill_r90_realised": "prefill_realised_r90"}
+        content = {names.get(k, k): v for k, v in results.items()}
+        table = [dict(zip(("case", "way", "prefill_ms", "ms_per_token", "cache_mib"), row, strict=True)) for row in rows]
+        write_whole(given.out, json.dumps({"about": about, "bars": bars, "results": content, "table": table}, indent=1) + "\n")
+
+
+def observing(given) -> None:
     model = build(given.layers, given.width, given.heads, given.side)
     if given.memory_of:
         generate(model, "plain", given.new_tokens, given.side)  # what any run needs
@@ -101,10 +211,12 @@ def main(argv: list[str] | None = None) -> None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             times[mode].append(time.perf_counter() - begun)
-    sizes = [f"--{k.replace('_', '-')}={v}" for k, v in vars(given).items() if k not in ("memory_of", "repeats")]
+    sizes = [
+        f"--{k.replace('_', '-')}={v}" for k, v in vars(given).items() if k in ("layers", "width", "heads", "side", "new_tokens")
+    ]
     memory = {}
     for mode in MODES:
-        command = [sys.executable, "-m", "dyrate.bench", *sizes, "--memory-of", mode]
+        command = [sys.executable, "-m", "dyrate.bench", "observe", *sizes, "--memory-of", mode]
         memory[mode] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"{given.side**2} image tokens, {given.new_tokens} new tokens, {given.layers} layers x {given.width}, {device}")
@@ -113,6 +225,21 @@ def main(argv: list[str] | None = None) -> None:
         ratio = statistics.median(t / p for t, p in zip(times[mode], times["plain"], strict=True))
         share = memory[mode] / memory["eager"] if memory["eager"] else float("nan")
         print(f"{mode:10}{statistics.median(times[mode]):10.3f}{ratio:10.2f}{memory[mode]:12.1f}{share:10.3f}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("prune", "observe"))
+    parser.add_argument("--layers", type=int, help="default: 32 for prune, as LLaVA-1.5-7B has; 8 for observe")
+    parser.add_argument("--width", type=int, help="default: 256 for prune, 512 for observe")
+    for name, value in dict(heads=8, side=24, new_tokens=64, repeats=5).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--out", type=Path, help="also write prune's results as JSON")
+    parser.add_argument("--memory-of", choices=MODES, help=argparse.SUPPRESS)
+    given = parser.parse_args(argv)
+    pruning = given.what == "prune"
+    given.layers, given.width = given.layers or (32 if pruning else 8), given.width or (256 if pruning else 512)
+    (prune if pruning else observing)(given)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def run(
     `accelerate launch` each process takes its part, and all return the whole table.
     """
     settings = {"max_new_tokens": max_new_tokens} | generate
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())
     folder = _folder(store, model, strategies, examples, settings | {"batch_size": batch_size}, state)
     mine = folder / f"part-{state.process_index:03}-of-{state.num_processes:03}.jsonl"
     tasks = dict.fromkeys(e.task for e in examples)

@@ -14,6 +14,7 @@ import seaborn
 from matplotlib.figure import Figure
 
 from dyrate.segments import SEGMENTS
+from dyrate.strategies import STRATEGIES
 
 plt.style.use(Path(__file__).with_name("study.mplstyle"))
 
@@ -181,4 +182,107 @@ def words_on_image(picture, grids: list[np.ndarray], words: list[str]) -> Figure
         axis.set_yticks([])
         axis.grid(False)
         axis.spines[:].set_visible(False)
+    return figure
+
+
+def method_styles() -> dict[str, dict]:
+    """Colour, mark and dash of each registered strategy: published methods in colour, controls in grey."""
+    published = [n for n, cls in STRATEGIES.items() if not cls.__module__.endswith(".controls") and n != "Full"]
+    controls = [n for n, cls in STRATEGIES.items() if cls.__module__.endswith(".controls")]
+    palette = seaborn.color_palette("colorblind", 10)
+    found = {"Full": {"color": "black", "marker": "*", "linestyle": "-"}}
+    for i, name in enumerate(published):
+        found[name] = {"color": palette[i % 10], "marker": "osD^vPXp<>"[i % 10], "linestyle": "-"}
+    for i, name in enumerate(controls):
+        found[name] = {"color": "#777777", "marker": "1234+x|_.,"[i % 10], "linestyle": ":"}
+    return found
+
+
+def pareto(summary: pd.DataFrame, groups: dict[str, str]) -> Figure:
+    """Score against the decoder's multiply-accumulates, one panel a group of tasks; a line joins one method's budgets.
+
+    summary: rows of `evaluate.compare` with `method`. groups: task -> what its score is.
+    """
+    figure, axes = _axes(10.5, 4.0, len(groups))
+    styles = method_styles()
+    for axis, (task, unit) in zip(axes, groups.items(), strict=True):
+        rows = summary[summary.task == task]
+        full = rows[rows.method == "Full"].iloc[0]
+        axis.axhline(full.value, color="black", linewidth=0.9)
+        axis.axhspan(full.low, full.high, color="black", alpha=0.08, linewidth=0)
+        for method, found in rows[rows.method != "Full"].groupby("method", sort=False):
+            found = found.sort_values("macs_share")
+            error = np.stack([found.value - found.low, found.high - found.value])
+            axis.errorbar(
+                100 * found.macs_share, found.value, error, **styles[method], label=method, markersize=5, linewidth=1,
+                elinewidth=0.6,
+            )  # fmt: skip
+        axis.set(title=task, xlabel="decoder multiply-accumulates\n(% of Full)", ylabel=unit)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", fontsize=7)
+    return figure
+
+
+def loss_heat(summary: pd.DataFrame) -> Figure:
+    """Change of the score against Full in percent of Full's, strategy by task; rows from gentle to harsh."""
+    rows = summary[summary.strategy != "Full"]
+    change = rows.assign(change=100 * rows.difference_value / (rows.value - rows.difference_value))
+    table = change.pivot(index="strategy", columns="task", values="change")
+    table = table.loc[table.mean(axis=1).sort_values(ascending=False).index, list(dict.fromkeys(rows.task))]
+    figure, axis = _axes(8.2, 0.6 + 0.27 * len(table))
+    seaborn.heatmap(
+        table, ax=axis, cmap="RdBu", center=0, vmin=-100, vmax=100, annot=True, fmt=".0f", annot_kws={"fontsize": 7},
+        cbar_kws={"label": "change of the score (% of Full's)"},
+    )  # fmt: skip
+    axis.set(xlabel="", ylabel="")
+    axis.tick_params(axis="x", rotation=35)
+    axis.tick_params(axis="y", rotation=0)
+    return figure
+
+
+def share_by_text(rows: pd.DataFrame) -> Figure:
+    """Prefill of LLaVA-1.5-7B relative to Full, against the number of text tokens; dots: what the paper prints."""
+    figure, axis = _axes(7.2, 3.2)
+    for (case, found), dash in zip(rows.groupby("case", sort=False), ("-", "--", ":"), strict=True):
+        (line,) = axis.plot(found.text, found.percent, dash, label=case)
+        reported = found.reported.iloc[0]
+        nearest = found.iloc[(found.percent - reported).abs().argmin()]
+        axis.plot(nearest.text, reported, "o", color=line.get_color())
+        axis.annotate(
+            f"{reported:.1f} % at {nearest.text:.0f}", (nearest.text, reported), xytext=(6, -11), textcoords="offset points",
+            fontsize=7,
+        )  # fmt: skip
+    axis.set(
+        xlabel="text tokens in the prompt", ylabel="multiply-accumulates\n(% of Full)", xlim=(rows.text.min(), rows.text.max())
+    )
+    axis.legend(loc="lower right")
+    return figure
+
+
+def decode_reads(rows: pd.DataFrame) -> Figure:
+    """Bytes that one decode step reads, against the batch, and by how much less a pruned cache would take at best."""
+    figure, axes = _axes(9.2, 3.1, 2)
+    for (case, found), dash in zip(rows.groupby("case", sort=False), ("-", "--", ":", "-."), strict=False):
+        axes[0].plot(found.batch, found.gib, dash, label=case)
+        if case != "Full":
+            axes[1].plot(found.batch, found.faster, dash, label=case, color=axes[0].lines[-1].get_color())
+    axes[0].set(xlabel="batch (rows)", ylabel="read in a decode step (GiB)", xscale="log", yscale="log")
+    axes[1].set(xlabel="batch (rows)", ylabel="decode speed-up at best\n(1 = as Full)", xscale="log", ylim=(0.9, None))
+    axes[1].axhline(1, color="black", linewidth=0.8)
+    axes[0].legend(loc="upper left")
+    return figure
+
+
+def saving_realised(results: pd.DataFrame) -> Figure:
+    """The share of the ideal saving that was measured, with 95 % intervals; ticks: the bars set beforehand."""
+    figure, axis = _axes(7.2, 0.9 + 0.35 * len(results))
+    y = np.arange(len(results))[::-1]
+    error = np.stack([results.value - results.low, results.high - results.value])
+    axis.barh(y, results.value, 0.6, xerr=error, color="#56B4E9", ecolor="#555555", capsize=2.5)
+    has_bar = results.bar.notna()
+    axis.plot(results.bar[has_bar], y[has_bar], "|", color="#D55E00", markersize=16, markeredgewidth=2, label="bar")
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_yticks(y, results.case)
+    axis.set(xlabel="measured saving / ideal saving (1 = as a model that natively has so few tokens)")
+    axis.legend(loc="lower right")
     return figure

@@ -52,3 +52,15 @@ class Chapter:
     def close(self) -> None:
         """Write the headline numbers: only now does the chapter count as measured."""
         write_whole(self.folder / f"{self.name}.json", json.dumps({"numbers": self.numbers}, indent=1) + "\n")
+
+
+def shown_table(frame: pd.DataFrame, caption: str, name: str) -> Markdown:
+    """A table for the page, to be cited by `name`; blank where nothing is known. Needs the cell's markdown_format `myst`."""
+
+    def cell(value) -> str:
+        return "" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    head = "| " + " | ".join(str(c).replace("_", " ") for c in frame.columns) + " |"
+    rule = "|" + "|".join("---" if frame[c].dtype == object or frame[c].dtype == "str" else "--:" for c in frame.columns) + "|"
+    body = ["| " + " | ".join(cell(v) for v in row) + " |" for row in frame.itertuples(index=False)]
+    return Markdown("\n".join([f":::{{table}} {caption}", f":name: {name}", "", head, rule, *body, ":::"]))

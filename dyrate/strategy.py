@@ -136,6 +136,7 @@ class Strategy:
     first_pruned_layer: int = 2
     residency: Literal["evict", "hide"] = "evict"
 
+    compared: ClassVar[bool] = True  # stands in the study's comparison
     each_step: ClassVar[bool] = True  # decide again at every new token, not only in the prefill
     needs: ClassVar[frozenset[str]] = frozenset()  # of "vision", "no_rope": what is costly to have at hand
 
@@ -182,6 +183,17 @@ class Strategy:
             raise ValueError(f'residency is "evict" or "hide", not {self.residency!r}')
         if self.first_pruned_layer < 0:
             raise ValueError(f"first_pruned_layer counts from 0; {self.first_pruned_layer} is no layer")
+
+
+def lineup(shares: Sequence[float], n_layers: int, names: Sequence[str] = ()) -> dict[str, Strategy]:
+    """Strategies to compare, by label: Full, and each of `names` (default: all that are `compared`) at each kept share."""
+    chosen = list(names) or [name for name, cls in STRATEGIES.items() if cls.compared and name != "Full"]
+    if unknown := set(chosen) - set(STRATEGIES):
+        raise ValueError(f"no strategy is called {sorted(unknown)}; there are {sorted(STRATEGIES)}")
+    found = {"Full": STRATEGIES["Full"]()}
+    for name in chosen:
+        found |= {f"{name} {share:g}": STRATEGIES[name].at(share, n_layers) for share in shares}
+    return found
 
 
 def rate_field(name: str, rate: float) -> float:

@@ -71,7 +71,7 @@ def test_fastv_keeps_the_most_attended_by_mean_over_heads():
     assert kept(dyrate.FastV(rate=0.75), seen(HEADS)) == [1]
     assert kept(dyrate.WorstFirst(rate=0.5), seen(HEADS)) == [0, 2]
     assert dyrate.FastV().each_step is False
-    again = dyrate.FastV(rerank=True)
+    again = dyrate.FastVRerank()
     assert again.each_step and again.residency == "hide"
 
 

@@ -1,27 +1,12 @@
-"""Published methods, one a file, and controls. Importing a file registers what it defines."""
+"""Published methods, one a file, and controls. A file laid in this folder is found: what it defines is registered."""
 
-from dyrate.strategies.ablations import DepthPrune, FixedPrune
-from dyrate.strategies.controls import (
-    Constant,
-    LinearAnneal,
-    MeanTrajectory,
-    NoRoPE,
-    Oracle,
-    RandomPrune,
-    ShuffledRates,
-    UniformPool,
-    WorstFirst,
-)
-from dyrate.strategies.dycoke import DyCoke
-from dyrate.strategies.fastv import FastV
-from dyrate.strategies.full import Full
-from dyrate.strategies.prumerge import PruMerge
-from dyrate.strategies.pyramiddrop import PyramidDrop
-from dyrate.strategies.sparsevlm import SparseVLM
-from dyrate.strategies.visionzip import VisionZip
-from dyrate.strategies.vtw import VTW
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = [
-    "VTW", "Constant", "DepthPrune", "DyCoke", "FastV", "FixedPrune", "Full", "LinearAnneal", "MeanTrajectory", "NoRoPE",
-    "Oracle", "PruMerge", "PyramidDrop", "RandomPrune", "ShuffledRates", "SparseVLM", "UniformPool", "VisionZip", "WorstFirst",
-]  # fmt: skip
+from dyrate.strategy import STRATEGIES
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+globals().update(STRATEGIES)
+__all__ = sorted(STRATEGIES)

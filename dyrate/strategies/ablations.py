@@ -11,6 +11,7 @@ class FixedPrune(Constant):
     """FP: one rate for all layers from the fourth on."""
 
     first_pruned_layer: int = 3
+    compared = True
 
 
 @dataclass(kw_only=True)

@@ -14,9 +14,13 @@ from dyrate.strategy import Strategy, rate_field
 
 @dataclass(kw_only=True)
 class Constant(Strategy):
-    """The same rate at every step: what a dynamic rate must beat at equal mean budget, in the same residency."""
+    """The same rate at every step: what a dynamic rate must beat at equal mean budget, in the same residency.
+
+    In "evict" it is FastV, for the ranking of the first step decides; in "hide" it is FastVRerank.
+    """
 
     rate: float = 0.5
+    compared = False
 
     def __post_init__(self):
         rate_field("rate", self.rate)
@@ -57,6 +61,7 @@ class MeanTrajectory(Strategy):
     """One schedule for all inputs: rates[step], the last one from then on. With DyRate's mean rates: is it adaptive?"""
 
     rates: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
+    compared = False  # its rates come from a predictor
 
     def __post_init__(self):
         for rate in self.rates:
@@ -76,6 +81,7 @@ class ShuffledRates(Strategy):
     """Each example gets rates that another one had: rates[k][step], k drawn by its name. Is the rate made for its input?"""
 
     rates: tuple[tuple[float, ...], ...] = ((0.0, 0.5), (0.25, 0.75))
+    compared = False
     names: list[str] = field(default_factory=list, repr=False)
 
     def meet(self, examples: Sequence) -> None:

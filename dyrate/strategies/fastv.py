@@ -7,19 +7,13 @@ from dyrate.strategy import Strategy, rate_field
 
 @dataclass(kw_only=True)
 class FastV(Strategy):
-    """Drop `rate` (the paper's R) of the image tokens by their mean attention in layer K-1, ranked once, in the prefill.
-
-    rerank: rank anew at every generated token, as FastV does when it runs without a KV cache: dropped tokens can return.
-    """
+    """Drop `rate` (the paper's R) of the image tokens by their mean attention in layer K-1, ranked once, in the prefill."""
 
     rate: float = 0.5
-    rerank: bool = False
+    each_step = False
 
     def __post_init__(self):
         rate_field("rate", self.rate)
-        self.each_step = self.rerank
-        if self.rerank:
-            self.residency = "hide"
         super().__post_init__()
 
     def keep(self, seen):
@@ -28,3 +22,11 @@ class FastV(Strategy):
     @classmethod
     def at(cls, share, n_layers, **fields):
         return cls(rate=1 - share, **fields)
+
+
+@dataclass(kw_only=True)
+class FastVRerank(FastV):
+    """FastV as it is without a KV cache: every generated token ranks anew, and what was dropped can return."""
+
+    residency: str = "hide"
+    each_step = True
