@@ -1,7 +1,7 @@
 """The laws that every strategy obeys, on tiny random models: whatever is registered is tested."""
 
 import copy
-from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +80,12 @@ def test_dropping_equals_masking(family, name, fields, decoding):
         for stage in trace.steps[step].stages:
             assert torch.equal(stage.kept[row], slow.kept[stage.layer][step] if slow.kept else stage.kept[row] | True)
             assert stage.counts == stage.kept.sum(1).tolist()
+
+
+@pytest.mark.parametrize("name", ["FastV", "FastVRerank", "LinearAnneal", "PyramidDrop", "SparseVLM", "NoRoPE", "UniformPool"])
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_further_families(further_family, name, decoding):
+    test_dropping_equals_masking(further_family, name, {}, decoding)
 
 
 @pytest.mark.parametrize(("name", "fields"), CASES, ids=ids_of(CASES))
@@ -209,11 +215,11 @@ def test_several_images_in_a_prompt():
 
 
 def snapshot(model):
-    """Configuration, attributes and hooks of every module, and transformers' registry. `_cache`: generate's own static one."""
+    """Configuration, attributes and hooks of every module, and transformers' registry. Two are `generate`'s own."""
     modules = {
         name: (
             id(getattr(m, "config", None)),
-            sorted(set(m.__dict__) - {"_cache"}),
+            sorted(set(m.__dict__) - {"_cache", "_previous_max_cache_length"}),
             len(m._forward_hooks),
             len(m._forward_pre_hooks),
         )
@@ -257,20 +263,15 @@ def test_after_a_failure_the_same_context_goes_on(family):
 
 
 def test_a_strategy_in_ten_lines(family):
-    """The README's example, as written there: defining it is all."""
+    """The example of README and book, as written there: defining it is all."""
+    source = Path("book/half_life.py").read_text()
+    assert source in Path("README.md").read_text()
     model, inputs = family
-
-    @dataclass(kw_only=True)
-    class HalfLife(dyrate.Strategy):
-        """Halve the kept share every `half_life` generated tokens."""
-
-        half_life: int = 32
-
-        def keep(self, seen):
-            return 0.5 ** (seen.step / self.half_life)
-
-    assert dyrate.STRATEGIES.pop("HalfLife") is HalfLife
-    with HalfLife(half_life=1)(model) as trace:
+    found = {"__name__": "half_life"}
+    exec(compile(source, "half_life.py", "exec"), found)
+    half_life = dyrate.STRATEGIES.pop("HalfLife")
+    assert half_life is found["HalfLife"]
+    with half_life(half_life=1)(model) as trace:
         generate(model, inputs)
     n = trace.n_image[0]
     assert [round(x * n) for x in trace.kept_share()[:, 0]] == [n - int(n * (1 - 0.5**t) + 1e-6) for t in range(STEPS)]
@@ -313,6 +314,20 @@ def test_no_image_and_nan_are_named():
     with torch.no_grad():
         model.model.language_model.layers[1].self_attn.q_proj.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"NaN.*bfloat16"), dyrate.FastV()(model):
+        model.generate(**inputs, max_new_tokens=2)
+
+
+def test_sliding_windows_are_named():
+    from conftest import TEXT
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
+
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4
+    )
+    config = LlavaConfig(vision_config=vision, text_config=MistralConfig(**TEXT, sliding_window=8), image_token_index=IMAGE)
+    model = LlavaForConditionalGeneration(config).eval()
+    _, inputs = long_images(4)
+    with pytest.raises(ValueError, match="sliding-window"), dyrate.FastV()(model):
         model.generate(**inputs, max_new_tokens=2)
 
 
