@@ -123,7 +123,7 @@ def ledger(
     whole sequence again. text: False counts image tokens alone. lengths: tokens of each row's answer, if some ended early.
     """
     hidden = strategy.residency == "hide"
-    observed = [s - 1 for s in strategy.stages(shape.layers) if 0 < s < shape.layers]
+    observed = list(strategy.observes(shape.layers))
     tokens = layer_tokens(trace, shape.layers)
     if not text:
         tokens = tokens - (np.array([step.tokens for step in trace.steps]) - np.array(trace.n_image))[:, :, None]

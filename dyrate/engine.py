@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -102,9 +103,12 @@ def prune(model: PreTrainedModel, strategy: Strategy, processor=None) -> Iterato
         raise ValueError(f"{strategy}: stages must ascend, not {stages}")
     if any(isinstance(getattr(hook, "__self__", None), _Pruning) for hook in model._forward_pre_hooks.values()):
         raise RuntimeError("a strategy is attached to this model already: leave its `with` block before entering another")
+    observed = sorted({*strategy.observes(len(layers)), *(s - 1 for s in stages if s > 0)})
+    if stages and observed and observed[-1] >= max(1, stages[-1]):
+        raise ValueError(f"{strategy}: layer {observed[-1]} is observed too late for a decision before layer {stages[-1]}")
     run = _Pruning(model, strategy, stages, system_ids(processor) if processor is not None else None)
     with ExitStack() as stack:
-        stack.enter_context(observe(model, run.look_at, sorted({s - 1 for s in stages if s > 0})))
+        stack.enter_context(observe(model, run.look_at, observed))
         handles = [
             model.register_forward_pre_hook(run.begin, with_kwargs=True),
             model.register_forward_hook(run.end),
@@ -123,6 +127,52 @@ def prune(model: PreTrainedModel, strategy: Strategy, processor=None) -> Iterato
             stack.callback(projector.register_forward_pre_hook(run.features_at).remove)
             stack.enter_context(_observe({-1: attention}, run.vision_at))
         yield run.trace
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose upper layers are not wanted."""
+
+
+@torch.no_grad()
+def lower_half(
+    model: PreTrainedModel, inputs: dict, first: int, observed: Iterable[int]
+) -> tuple[Tensor, tuple[Tensor, ...], dict[int, Look]]:
+    """Run the layers before `first` over whole sequences: hidden states that enter it, rotary embeddings, observed looks."""
+    caught: dict = {}
+    looks: dict[int, Look] = {}
+
+    def stop(module, args, kwargs):
+        caught.update(hidden=args[0], rotary=kwargs["position_embeddings"])
+        raise _Enough
+
+    handle = decoder_layers(model)[first].register_forward_pre_hook(stop, with_kwargs=True)
+    if not hasattr(model.model, "rope_deltas"):  # as generate does for padded rows; others place tokens in the image's plane
+        inputs = {"position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0), **inputs}
+    try:
+        with observe(model, looks.__setitem__, observed):
+            model(**inputs, use_cache=False)
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    return caught["hidden"], caught["rotary"], looks
+
+
+def upper_half(
+    model: PreTrainedModel, first: int, hidden: Tensor, rotary: tuple[Tensor, ...], bias: Tensor, queries: Tensor,
+    checkpointing: bool = False,
+) -> Float[Tensor, "batch step word"]:  # fmt: skip
+    """Run layers `first` and up under an additive bias (batch, 1, length, length); logits of the queries (step) asked for.
+
+    Gradients reach the bias. checkpointing: keep no activations inside a layer, compute them again in the backward pass.
+    """
+    for layer in decoder_layers(model)[first:]:
+        given = {"attention_mask": bias.to(hidden.dtype), "position_embeddings": rotary, "position_ids": None}
+        if checkpointing:
+            hidden = checkpoint(layer, hidden, **given, use_reentrant=False)
+        else:
+            hidden = layer(hidden, **given)
+    return model.get_output_embeddings()(model.get_decoder().norm(hidden[:, queries]))
 
 
 def _vision_parts(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
@@ -394,7 +444,7 @@ class _Pruning:
         candidates = self.image if self.strategy.residency == "hide" else group.kept
         seen = Seen(
             self.step, group.first, self.n_layers, self.image, candidates, self.positions, self.segments,
-            self.looks.get(group.first - 1), before.columns,
+            self.looks.get(group.first - 1), before.columns, self.looks,
         )  # fmt: skip
         if hidden is not None:
             row = torch.arange(len(hidden), device=hidden.device)[:, None]

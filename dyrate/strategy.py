@@ -55,6 +55,7 @@ class Seen:
     segments: Segments
     look: Look | None
     columns: Tensor | None
+    looks: dict[int, Look] = field(default_factory=dict)  # of all observed layers in this pass
     notes: dict = field(default_factory=dict)  # scratch, for what `keep`, `score` and `merge` share in one decision
     read_hidden: Callable[[Tensor], Tensor] | None = None
     read_vision: Callable[[], Vision] | None = None
@@ -70,6 +71,10 @@ class Seen:
         """The newest query's attention to system, image, instruction and response tokens: the predictor's features."""
         kind = self.segments.kind if self.columns is None else self.segments.kind.gather(1, self.columns)
         return segment_shares(self._looked.newest, Segments(kind))
+
+    def shares_in(self, layer: int) -> Float[Tensor, "batch head 4"]:
+        """The same shares in another observed layer, before the first pruned one."""
+        return self.shares if layer == self.layer - 1 else segment_shares(self.looks[layer].newest, self.segments)
 
     @cached_property
     def instruction_attention(self) -> tuple[Float[Tensor, "batch text image_token"], Bool[Tensor, "batch text"]]:
@@ -162,6 +167,10 @@ class Strategy:
         """Layers before which tokens are dropped, ascending; 0 is before the decoder."""
         return (self.first_pruned_layer,)
 
+    def observes(self, n_layers: int) -> Sequence[int]:
+        """Layers whose attention is wanted; default: those just before the stages."""
+        return [stage - 1 for stage in self.stages(n_layers) if 0 < stage < n_layers]
+
     def merge(self, seen: Seen, kept: Bool[Tensor, "batch image_token"]) -> Float[Tensor, "batch image_token width"] | None:
         """New hidden states for the kept tokens, with what the dropped ones said; None leaves them as they are."""
         return None
@@ -205,7 +214,7 @@ def rate_field(name: str, rate: float) -> float:
 
 def kept_count(n_image: int, share: float) -> int:
     """Image tokens that stay: `n - floor(n * rate)` (arXiv:2501.14204, Eq. 3), robust against rounding in `1 - share`."""
-    return n_image - int(n_image * (1 - share) + 1e-6)
+    return n_image - int(n_image * (1 - share) + 1e-4)
 
 
 def choose(

@@ -71,7 +71,7 @@ def masked(model, inputs, answers, strategy, image_token_id) -> Masked:
             for i in range(len(ids)):
                 n = int(valid[i].sum())
                 share = float(shares[i] if isinstance(shares, torch.Tensor) else shares)
-                count = n - int(n * (1 - share) + 1e-6)
+                count = n - int(n * (1 - share) + 1e-4)
                 ranked = sorted((j for j in range(valid.shape[1]) if candidates[i, j]), key=lambda j: -float(score[i, j]))
                 chosen[i, ranked[:count]] = True
             if step == 0 and (chosen != before).any():

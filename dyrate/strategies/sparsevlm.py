@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dyrate.strategy import Strategy, choose
+from dyrate.strategy import Strategy, choose, kept_count
 
 
 @dataclass(kw_only=True)
@@ -91,7 +91,7 @@ class SparseVLM(Strategy):
         found = []
         for i in range(len(rated)):
             left, n_image = int(seen.kept[i].sum()), int(seen.image[i].sum())
-            total = min(left, n_image - int(n_image * (1 - share[i]) + 1e-6))
+            total = min(left, kept_count(n_image, share[i]))
             n_centres = min(total, round((left - total) * self.recycled * self.clusters))
             best = choose(rated[i : i + 1], seen.kept[i : i + 1], [total - n_centres])[0]
             again = choose(rated[i : i + 1], (seen.kept[i] & ~best)[None], [round((left - total) * self.recycled)])[0]

@@ -1,0 +1,187 @@
+"""The paper's predictor: from how attention divides over four kinds of tokens to a rate, Eqs. 1-6 of arXiv:2501.14204.
+
+The equations are small pure functions; `RatePredictor` is the linear classifier; `DyRate` is the strategy that uses it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dyrate.segments import SEGMENTS
+from dyrate.strategy import Strategy
+
+
+def rate_grid(n_rates: int) -> Float[Tensor, " rate"]:
+    """Eq. 1: r_k = (k - 1) / n_rates. The first keeps all; no rate drops all."""
+    return torch.arange(n_rates) / n_rates
+
+
+def kept_counts(n_image: Int[Tensor, " batch"], rates: Float[Tensor, " rate"]) -> Int[Tensor, "batch rate"]:
+    """Image tokens that each rate keeps: n - floor(n r)."""
+    return n_image[:, None] - (n_image[:, None] * rates.double() + 1e-4).long()
+
+
+def rate_masks(
+    score: Float[Tensor, "batch image_token"], candidates: Bool[Tensor, "batch image_token"], counts: Int[Tensor, "batch rate"]
+) -> Bool[Tensor, "batch rate image_token"]:
+    """Eq. 3, corrected: the mask of rate k keeps the n - floor(n r_k) best candidates (as printed it would drop them).
+
+    Candidates are the tokens still there: ranking all and intersecting would let a constant rate keep shrinking the set.
+    """
+    order = score.float().masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    return (rank[:, None] < counts[..., None]) & candidates[:, None]
+
+
+def gumbel_noise(shape, generator: torch.Generator | None = None, device=None) -> Tensor:
+    """Samples of the standard Gumbel distribution."""
+    uniform = torch.rand(shape, generator=generator, device=device).clamp(1e-9, 1 - 1e-7)
+    return -(-uniform.log()).log()
+
+
+def gumbel_one_hot(logits: Float[Tensor, "*batch rate"], noise: Tensor, temperature: float) -> Float[Tensor, "*batch rate"]:
+    """Eqs. 4-5: one-hot of the largest of log pi + noise; its gradient is that of the softmax at this temperature."""
+    perturbed = logits.log_softmax(-1) + noise
+    soft = (perturbed / temperature).softmax(-1)
+    hard = F.one_hot(perturbed.argmax(-1), logits.shape[-1]).to(soft)
+    return hard + soft - soft.detach()
+
+
+def chosen_mask(choice: Float[Tensor, "batch rate"], masks: Bool[Tensor, "batch rate image_token"]) -> Tensor:
+    """Eq. 5: m = sum_k choice_k m^k, (batch, image_token)."""
+    return (choice[..., None] * masks).sum(1)
+
+
+def query_bias(
+    kept: Float[Tensor, "batch step image_token"], positions: Int[Tensor, "batch image_token"],
+    image: Bool[Tensor, "batch image_token"], real: Bool[Tensor, "batch length"], n_prompt: int,
+) -> Float[Tensor, "batch 1 length length"]:  # fmt: skip
+    """Eq. 6 as an additive bias: query i sees key j <= i if i = j, or j is no image token, or the mask of i's step keeps j.
+
+    Queries of the prompt have the mask of step 0, the query that chooses answer token t that of step t. The bias of an
+    image key is log(m + 1e-24), so that the softmax equals the masked one and gradients reach m.
+    """
+    batch, length = real.shape
+    order = torch.arange(length, device=real.device)
+    step = (order - (n_prompt - 1)).clamp(0, kept.shape[1] - 1)
+    bias = torch.zeros(batch, length, length, dtype=kept.dtype, device=kept.device)
+    of_images = (kept[:, step] + 1e-24).log().masked_fill(~image[:, None], 0)
+    bias = bias.scatter_add(2, positions[:, None].expand(-1, length, -1), of_images)
+    itself = torch.eye(length, dtype=torch.bool, device=real.device)
+    hidden = ((order > order[:, None]) | ~real[:, None]) & ~itself
+    return bias.masked_fill(itself, 0).masked_fill(hidden, torch.finfo(bias.dtype).min)[:, None]
+
+
+class RatePredictor(nn.Module, PyTorchModelHubMixin):
+    """Eq. 2: pi = softmax(C(v)), C linear, v the per-head shares of the four segments in the observed layers.
+
+    heads, n_layers, family: of the model that it was trained for. with_step: the step number is one more feature.
+    Features are standardised with the training data's mean and deviation. tilt: is added to every logit times its rate;
+    calibration moves it until a budget is met. Saved as safetensors and JSON (`save_pretrained`, `push_to_hub`).
+    """
+
+    def __init__(
+        self, heads: int, n_layers: int, family: str, *, n_rates: int = 32, first_pruned_layer: int = 2,
+        observed_layers: list[int] | None = None, with_step: bool = False, residency: str = "evict", about: dict | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        self.heads, self.n_layers, self.family = heads, n_layers, family
+        self.first_pruned_layer, self.residency, self.with_step = first_pruned_layer, residency, with_step
+        self.observed_layers = observed_layers or [first_pruned_layer - 1]
+        self.about = about or {}
+        n_features = len(SEGMENTS) * heads * len(self.observed_layers) + with_step
+        self.linear = nn.Linear(n_features, n_rates)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.register_buffer("mean", torch.zeros(n_features))
+        self.register_buffer("deviation", torch.ones(n_features))
+        self.register_buffer("tilt", torch.zeros(()))
+        self.register_buffer("rates", rate_grid(n_rates), persistent=False)
+
+    def features(self, shares: list[Float[Tensor, "*batch head 4"]], step: Tensor | int) -> Float[Tensor, "*batch feature"]:
+        """Shares of each observed layer side by side, and the step (in units of 64) if it is a feature."""
+        flat = torch.cat([s.flatten(-2) for s in shares], -1)
+        if not self.with_step:
+            return flat
+        step = torch.as_tensor(step, device=flat.device, dtype=flat.dtype) / 64
+        return torch.cat([flat, step.expand(flat.shape[:-1])[..., None]], -1)
+
+    def forward(self, features: Float[Tensor, "*batch feature"]) -> Float[Tensor, "*batch rate"]:
+        """Logits of the rates."""
+        return self.linear((features - self.mean) / self.deviation) + self.tilt * self.rates
+
+    def start_at(self, share: float, features: Float[Tensor, "n feature"]) -> None:
+        """Standardise by these features, and prefer rates near 1 - share at first.
+
+        With all rates equally likely the lowest of many samples would win at once, and later rates would do nothing.
+        """
+        self.mean.copy_(features.mean(0))
+        self.deviation.copy_(features.std(0).clamp(min=1e-4))
+        with torch.no_grad():
+            self.linear.bias.copy_(-(((self.rates - (1 - share)) / 0.15) ** 2))
+
+    def extra_repr(self) -> str:
+        """Tells predictors apart that differ in their weights only."""
+        return f"weights={float(self.linear.weight.abs().sum() + self.linear.bias.abs().sum()):.9g}, tilt={float(self.tilt):.9g}"
+
+    def check_fits(self, model) -> None:
+        """Raises ValueError that says what differs between a model and the one that this predictor was trained for."""
+        text = model.config.get_text_config()
+        mine = {"attention heads": self.heads, "decoder layers": self.n_layers, "family": self.family}
+        theirs = {
+            "attention heads": text.num_attention_heads, "decoder layers": text.num_hidden_layers,
+            "family": model.config.model_type,
+        }  # fmt: skip
+        if differing := [f"{k}: {mine[k]} against the model's {theirs[k]}" for k in mine if mine[k] != theirs[k]]:
+            raise ValueError(
+                f"this predictor was trained for another model ({'; '.join(differing)}): train one with "
+                "`dyrate.training.train`, or load the model that it belongs to"
+            )
+
+
+@dataclass(kw_only=True)
+class DyRate(Strategy):
+    """A rate for each step and input, from a trained predictor (arXiv:2501.14204). `DyRate.from_pretrained(folder or hub name)`.
+
+    The rate is the predictor's likeliest. first_pruned_layer and residency are those that it was trained with.
+    """
+
+    predictor: RatePredictor
+    compared = False  # needs a predictor of the model's own
+
+    @classmethod
+    def from_pretrained(cls, name: str, **hub) -> DyRate:
+        return cls.of(RatePredictor.from_pretrained(str(name), **hub).eval())
+
+    @classmethod
+    def of(cls, predictor: RatePredictor) -> DyRate:
+        return cls(predictor=predictor, first_pruned_layer=predictor.first_pruned_layer, residency=predictor.residency)
+
+    def save_pretrained(self, folder: str, **hub) -> None:
+        self.predictor.save_pretrained(str(folder), **hub)
+
+    def push_to_hub(self, name: str, **hub) -> None:
+        self.predictor.push_to_hub(name, **hub)
+
+    def __call__(self, model, processor=None):
+        self.predictor.check_fits(model)
+        self.predictor.to(model.device)
+        return super().__call__(model, processor)
+
+    def observes(self, n_layers):
+        return self.predictor.observed_layers
+
+    @torch.no_grad()
+    def keep(self, seen):
+        shares = [seen.shares_in(layer) for layer in self.predictor.observed_layers]
+        logits = self.predictor(self.predictor.features(shares, seen.step))
+        return 1 - self.predictor.rates[logits.argmax(-1)]
+
+    def selector_macs(self, shape, n_image, n_instruction):
+        return self.predictor.linear.weight.numel()

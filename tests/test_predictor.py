@@ -1,0 +1,281 @@
+"""Each equation on numbers made by hand, and training that equals what is deployed."""
+
+import json
+
+import pytest
+import torch
+from test_engine import long_images
+from transformers import LogitsProcessor
+
+import dyrate
+from dyrate import training
+from dyrate.cost import Shape
+from dyrate.predictor import (
+    DyRate,
+    RatePredictor,
+    chosen_mask,
+    gumbel_noise,
+    gumbel_one_hot,
+    kept_counts,
+    query_bias,
+    rate_grid,
+    rate_masks,
+)
+from dyrate.training import IGNORE, Settings, cost, masks_over_steps, prepare_tokens, pruned_logits
+
+
+def test_eq_1_rates():
+    assert rate_grid(4).tolist() == [0, 0.25, 0.5, 0.75]
+    assert kept_counts(torch.tensor([10, 7]), rate_grid(4)).tolist() == [[10, 8, 5, 3], [7, 6, 4, 2]]
+
+
+def test_eq_2_predictor_is_linear_in_standardised_shares():
+    predictor = RatePredictor(2, 4, "llava", n_rates=2)
+    features = torch.tensor([[1.0, 0, 0, 0, 0, 0, 0, 0], [3.0, 0, 0, 0, 0, 0, 0, 0]])
+    predictor.start_at(0.5, features)
+    with torch.no_grad():
+        predictor.linear.bias.zero_()
+        predictor.linear.weight[1, 0] = 1.0
+    # mean 2, deviation sqrt(2): (1 - 2) / 1.414
+    assert predictor(features)[:, 1].tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5])
+    predictor.tilt.fill_(4.0)
+    assert predictor(features)[0].tolist() == pytest.approx([0.0, -(0.5**0.5) + 4 * 0.5])
+
+
+def test_eq_3_masks_keep_the_best_candidates():
+    score = torch.tensor([[0.1, 0.4, 0.3, 0.2]])
+    there = torch.tensor([[True, True, True, True]])
+    counts = torch.tensor([[4, 3, 2, 1]])
+    assert rate_masks(score, there, counts)[0].int().tolist() == [[1, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 0], [0, 1, 0, 0]]
+    gone = torch.tensor([[True, False, True, True]])
+    assert rate_masks(score, gone, counts)[0].int().tolist() == [[1, 0, 1, 1], [1, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 0]]
+
+
+def test_eqs_4_and_5_straight_through():
+    logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]])).requires_grad_()
+    choice = gumbel_one_hot(logits, torch.tensor([[2.0, 0.0, 0.0]]), 1.0)
+    # log .2 + 2 = .39, log .5 = -.69, log .3 = -1.2
+    assert choice[0].tolist() == pytest.approx([1, 0, 0], abs=1e-6)
+    masks = torch.tensor([[[1, 1], [1, 0], [0, 1]]]).bool()
+    mask = chosen_mask(choice, masks)
+    assert mask[0].tolist() == pytest.approx([1, 1], abs=1e-6)
+    mask[0, 1].backward()
+    soft = torch.softmax(torch.tensor([0.2, 0.5, 0.3]).log() + torch.tensor([2.0, 0, 0]), 0)
+    # d(soft_1 + soft_3) / d logit_2 = -soft_2 (soft_1 + soft_3)
+    assert logits.grad[0, 1].item() == pytest.approx(-(soft[1] * (soft[0] + soft[2])).item(), rel=1e-5)
+
+
+def test_gumbel_samples_follow_the_distribution():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.log(torch.tensor([0.2, 0.5, 0.3])).expand(20000, 3)
+    share = gumbel_one_hot(logits, gumbel_noise((20000, 3), generator), 1.0).mean(0)
+    assert (share - torch.tensor([0.2, 0.5, 0.3])).abs().max() < 0.012
+
+
+def test_the_gradient_agrees_with_the_expected_loss():
+    """A toy case: loss of a choice is its number; the straight-through gradient points as the expected loss's, within noise."""
+    logits = torch.tensor([0.3, -0.2, 0.1], requires_grad=True)
+    values = torch.tensor([0.0, 1.0, 2.0])
+    generator = torch.Generator().manual_seed(0)
+    noise = gumbel_noise((200_000, 3), generator)
+    (gumbel_one_hot(logits.expand(len(noise), 3), noise, 1.0) * values).sum(-1).mean().backward()
+
+    def expected(x):
+        return float((x.softmax(0) * values).sum())
+
+    step = 1e-3
+    finite = torch.tensor([(expected(logits.detach() + step * e) - expected(logits.detach() - step * e)) / (2 * step)
+                           for e in torch.eye(3)])  # fmt: skip
+    assert torch.cosine_similarity(logits.grad, finite, 0) > 0.99
+    assert 0.5 < logits.grad.norm() / finite.norm() < 1.5  # biased at temperature 1, as the estimator is known to be
+
+
+def test_eq_6_bias_by_hand():
+    # one text token, two image tokens, one text token (chooses step 0), one answer token (chooses step 1)
+    kept = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]], requires_grad=True)
+    bias = query_bias(kept, torch.tensor([[1, 2]]), torch.ones(1, 2).bool(), torch.ones(1, 5).bool(), n_prompt=4)
+    seen = (bias[0, 0] > -50).int().tolist()
+    assert seen == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 0, 1, 1]]
+    bias.softmax(-1)[0, 0, 3, 1].backward()
+    assert kept.grad[0, 0, 0] > 0
+
+
+class Forced(LogitsProcessor):
+    """Lets generate say given tokens."""
+
+    def __init__(self, answers, n_prompt):
+        self.answers, self.n_prompt = answers, n_prompt
+
+    def __call__(self, ids, scores):
+        forced = torch.full_like(scores, -torch.inf)
+        return forced.scatter(1, self.answers[:, ids.shape[1] - self.n_prompt, None], 0.0)
+
+
+def random_predictor(model, residency, **fields):
+    text = model.config.get_text_config()
+    torch.manual_seed(5)
+    predictor = RatePredictor(
+        text.num_attention_heads, text.num_hidden_layers, model.config.model_type, n_rates=8, residency=residency, **fields
+    )
+    return predictor
+
+
+ANSWERS = [[5, 9, 11, 30, 7, 2], [8, 40, 2]]
+
+
+@pytest.mark.parametrize("residency", ["evict", "hide"])
+@pytest.mark.parametrize("fields", [{}, {"with_step": True, "observed_layers": [0, 1]}], ids=["plain", "more-features"])
+def test_training_equals_dropped_decoding(family, residency, fields):
+    model, inputs = family
+    predictor = random_predictor(model, residency, **fields)
+    prepared = prepare_tokens(model, inputs, ANSWERS, predictor)
+    predictor.start_at(0.6, prepared.features.flatten(0, 1))
+    torch.nn.init.normal_(predictor.linear.weight, std=3.0)  # rates that differ from step to step
+    choice = torch.nn.functional.one_hot(predictor(prepared.features).argmax(-1), 8).float()
+    masks = masks_over_steps(choice, prepared, predictor.rates, residency)
+    with torch.no_grad():
+        taught = pruned_logits(model, predictor, prepared, masks)
+    forced = torch.tensor([a + [0] * (6 - len(a)) for a in ANSWERS])
+    n_prompt = inputs["input_ids"].shape[1]
+    with DyRate.of(predictor)(model) as trace:
+        out = model.generate(
+            **inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True,
+            logits_processor=[Forced(forced, n_prompt)],
+        )  # fmt: skip
+    for i, answer in enumerate(ANSWERS):
+        for step in range(len(answer)):
+            assert torch.equal(trace.steps[step].stages[0].kept[i], masks[i, step].bool())
+            assert (out.logits[step][i] - taught[i, step]).abs().max() < 1e-4
+    assert len(set(trace.kept_share()[:, 0].tolist())) > 1  # the rates do change
+
+
+def test_the_comparison_can_fail(family):
+    model, inputs = family
+    predictor = random_predictor(model, "evict")
+    prepared = prepare_tokens(model, inputs, ANSWERS, predictor)
+    steps = prepared.labels.shape[1]
+    one = torch.nn.functional.one_hot(torch.full((2, steps), 6), 8).float()
+    other = torch.nn.functional.one_hot(torch.full((2, steps), 1), 8).float()
+    with torch.no_grad():
+        a, b = (pruned_logits(model, predictor, prepared, masks_over_steps(c, prepared, predictor.rates, "evict"))
+                for c in (one, other))  # fmt: skip
+    assert (a - b).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("residency", ["evict", "hide"])
+def test_gradients_reach_every_row_and_no_base_weight(family, residency):
+    model, inputs = family
+    predictor = random_predictor(model, residency)
+    torch.nn.init.normal_(predictor.linear.weight, std=0.1)
+    prepared = prepare_tokens(model, inputs, ANSWERS, predictor)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    noise = gumbel_noise((2, 6, 8), torch.Generator().manual_seed(0))
+    masks = masks_over_steps(gumbel_one_hot(predictor(prepared.features), noise, 1.0), prepared, predictor.rates, residency)
+    words = pruned_logits(model, predictor, prepared, masks, checkpointing=True)
+    valid = prepared.labels != IGNORE
+    torch.nn.functional.cross_entropy(words[valid], prepared.labels[valid]).backward()
+    assert (predictor.linear.weight.grad.abs().sum(1) > 0).all() and (predictor.linear.bias.grad != 0).all()
+    assert all(p.grad is None for p in model.parameters())
+    for p in model.parameters():
+        p.requires_grad_(True)
+
+
+def batches_of(model, inputs, predictor):
+    return [prepare_tokens(model, inputs, ANSWERS, predictor)]
+
+
+@pytest.mark.parametrize("unit", training.UNITS)
+def test_the_budget_alone_drives_the_rate_to_the_budget(unit, monkeypatch):
+    model, inputs = long_images(4)
+    settings = Settings(budget=0.625, unit=unit, steps=150, n_rates=16, first_pruned_layer=1)
+    predictor = RatePredictor(4, 5, "llava", n_rates=16, first_pruned_layer=1)
+    batches = batches_of(model, inputs, predictor)
+    predictor.start_at(0.9, batches[0].features.flatten(0, 1))
+    monkeypatch.setattr(training, "_task_loss", lambda words, prepared, valid: words.sum() * 0)
+    trained = training._descend(model, predictor, batches, settings, None, False)
+    assert abs(sum(row["cost"] for row in trained.history[-20:]) / 20 - 0.625) < 0.05
+
+
+def test_a_constant_feature_yields_a_constant_rate():
+    predictor = random_predictor(long_images(4)[0], "evict")
+    torch.nn.init.normal_(predictor.linear.weight)
+    features = torch.randn(16).expand(5, 7, 16)
+    assert len(predictor(features).argmax(-1).unique()) == 1
+
+
+def test_five_seeds_are_usable(monkeypatch):
+    """None is locked in: the first step keeps about the budget, and no seed ends far from it."""
+    model, inputs = long_images(6)
+    ends = []
+    for seed in range(5):
+        settings = Settings(budget=0.5, steps=80, n_rates=16, seed=seed)
+        predictor = RatePredictor(4, 5, "llava", n_rates=16)
+        batches = batches_of(model, inputs, predictor)
+        predictor.start_at(0.5, batches[0].features.flatten(0, 1))
+        history = training._descend(model, predictor, batches, settings, None, False).history
+        assert abs(history[0]["kept"] - 0.5) < 0.3
+        ends.append(sum(row["cost"] for row in history[-10:]) / 10)
+    assert all(abs(end - 0.5) < 0.1 for end in ends), ends
+
+
+def test_cost_by_hand():
+    shape = Shape(layers=4, width=8, heads=2, kv_heads=2, inner=16, vocabulary=10)
+    kept, n, text = torch.tensor([[8.0, 4.0, 0.0]]), torch.tensor([8]), torch.tensor([2])
+    valid = torch.tensor([[True, True, False]])
+    assert cost("kept", shape, kept, n, text, valid, 1).item() == pytest.approx((1 + 0.5) / 2)
+    # cache bytes read: layer 0 whole, three layers pruned: step 0 holds 10 and 10, step 1 holds 11 and 7
+    assert cost("kv_bytes", shape, kept, n, text, valid, 1).item() == pytest.approx((10 + 30 + 11 + 21) / (40 + 44))
+    assert cost("macs", shape, n.float()[None].expand(1, 3), n, text, valid, 1).item() == pytest.approx(1)
+    assert cost("macs_uncached", shape, kept, n, text, valid, 1) < 1
+
+
+def test_saved_and_loaded(tmp_path):
+    model, inputs = long_images(4)
+    predictor = random_predictor(model, "hide", observed_layers=[0, 1])
+    predictor.tilt.fill_(1.5)
+    DyRate.of(predictor).save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".md") == ["config.json", "model.safetensors"]
+    assert json.loads((tmp_path / "config.json").read_text())["residency"] == "hide"
+    loaded = DyRate.from_pretrained(tmp_path)
+    assert loaded.residency == "hide" and loaded.predictor.observed_layers == [0, 1]
+    assert all(torch.equal(value, loaded.predictor.state_dict()[name]) for name, value in predictor.state_dict().items())
+    with loaded(model) as trace:
+        model.generate(**inputs, max_new_tokens=3)
+    assert len(trace.steps) == 3
+
+
+def test_a_predictor_of_another_model_is_named():
+    model, _ = long_images(4)
+    with pytest.raises(ValueError, match=r"attention heads: 7 against the model's 4.*train"):
+        DyRate.of(RatePredictor(7, 5, "llava"))(model)
+
+
+def test_training_on_pocket_resumes(tmp_path, monkeypatch):
+    model, processor = dyrate.load("pocket")
+    examples = dyrate.examples("pocket", 8, tasks=["description", "qa_colour"], split="train")
+    settings = Settings(budget=0.5, steps=6, batch=4)
+    whole = training.train(model, processor, examples, settings, work=tmp_path / "a", progress=False)
+    upper, calls = training.pruned_logits, []
+
+    def stops(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return upper(*arguments)
+
+    monkeypatch.setattr(training, "pruned_logits", stops)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(model, processor, examples, settings, work=tmp_path / "b", progress=False)
+    again = training.train(model, processor, examples, settings, work=tmp_path / "b", progress=False)
+    assert torch.allclose(whole.predictor.linear.weight, again.predictor.linear.weight, atol=1e-6)
+    with pytest.raises(ValueError, match="other settings"):
+        training.train(model, processor, examples, Settings(budget=0.4, steps=6), work=tmp_path / "b", progress=False)
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"unit": "joules"}, "unit is one of"), ({"budget": 0}, "budget is the share"), ({"first_pruned_layer": 0}, "at least 1"),
+])  # fmt: skip
+def test_bad_settings_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**fields)
