@@ -10,6 +10,7 @@ import csv
 import json
 import random
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from dyrate.pocket import language
-from dyrate.pocket.scenes import Scene, compose, render, seeds
+from dyrate.pocket.scenes import SPLITS, Scene, compose, render, seeds
 
 CAPTION_PROMPT = language.CAPTION_PROMPTS[0]  # lmms-eval's, which the paper used
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -84,20 +85,23 @@ class Examples(Sequence):
 
 
 def examples(
-    source: str | Path = "pocket", n: int | None = None, *, tasks: Sequence[str] = ("caption",), split: str = "test",
+    source: str | Path = "pocket", n: int | None = None, *, tasks: Sequence[str] = ("caption",), split: str | None = None,
     seed: int = 0, start: int = 0,
 ) -> Examples:  # fmt: skip
     """`n` images per task from "pocket" or from a folder of photographs.
 
     tasks: for pocket any of caption, description, recap, look_late and qa_count, qa_colour, qa_place, qa_relation,
-    qa_existence, qa_reading, each on scenes of its own; photographs have captions only. split, start: which pocket
-    scenes. seed: which photographs, if there are more than `n`.
+    qa_existence, qa_reading, each on scenes of its own; photographs have captions only. split: "train", "validation" or
+    "test", which share no image; by default pocket's test scenes, or all photographs. start: which pocket scenes. seed:
+    which photographs, if there are more than `n`.
     """
+    if split not in (None, *SPLITS):
+        raise ValueError(f"split is one of {', '.join(SPLITS)}, not {split!r}")
     if str(source) == "pocket":
-        return _pocket(n or 100, tasks, split, start)
+        return _pocket(n or 100, tasks, split or "test", start)
     if tuple(tasks) != ("caption",):
         raise ValueError(f"{source}: photographs with captions offer the task 'caption' only, not {list(tasks)}")
-    return _photographs(Path(source), n, seed)
+    return _photographs(Path(source), n, seed, split)
 
 
 def _pocket(n: int, tasks: Sequence[str], split: str, start: int) -> Examples:
@@ -129,7 +133,7 @@ def _turn(scene: Scene, task: str) -> tuple[language.Turn | None, tuple[str, ...
     return turn, (turn.response,) if turn else ()
 
 
-def _photographs(folder: Path, n: int | None, seed: int) -> Examples:
+def _photographs(folder: Path, n: int | None, seed: int, split: str | None) -> Examples:
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder of photographs: {folder}")
     files = {p.name: p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_TYPES}
@@ -142,6 +146,9 @@ def _photographs(folder: Path, n: int | None, seed: int) -> Examples:
     names = [name for name in captions if name in files]
     if not names:
         raise ValueError(f"{origin}: none of its {len(captions)} captioned images is in {folder}")
+    if split is not None:  # by name, so that a photograph stays where it is when others come
+        share = {"train": range(6), "validation": range(6, 7), "test": range(7, 10)}[split]
+        names = [name for name in names if zlib.crc32(name.encode()) % 10 in share]
     if n is not None and n < len(names):
         names = sorted(random.Random(seed).sample(names, n))
     found.items = [Example(name, "caption", CAPTION_PROMPT, tuple(captions[name]), path=files[name]) for name in names]

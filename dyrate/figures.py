@@ -286,3 +286,69 @@ def saving_realised(results: pd.DataFrame) -> Figure:
     axis.set(xlabel="measured saving / ideal saving (1 = as a model that natively has so few tokens)")
     axis.legend(loc="lower right")
     return figure
+
+
+def training_curves(history: pd.DataFrame) -> Figure:
+    """Loss, cost and spread of the rates over training, one line a budget; dashed: the budget asked for."""
+    figure, axes = _axes(9.6, 3.0, 3)
+    labels = {
+        "task": "cross-entropy (nats a token)",
+        "cost": "kept share of image tokens",
+        "spread": "deviation of the kept share",
+    }
+    palette = seaborn.color_palette("viridis", history.budget.nunique())
+    for colour, (budget, rows) in zip(palette, history.groupby("budget"), strict=True):
+        for axis, (column, label) in zip(axes, labels.items(), strict=True):
+            axis.plot(rows.step, rows[column].rolling(10, min_periods=1).mean(), color=colour, label=f"{budget:g}")
+            axis.set(xlabel="training step", ylabel=label)
+        axes[1].axhline(budget, color=colour, linestyle="--", linewidth=0.8)
+    axes[0].legend(title="budget", loc="best")
+    return figure
+
+
+def budget_met(rows: pd.DataFrame) -> Figure:
+    """The budget asked for and the mean kept share of real generation on unseen data, with 95 % intervals."""
+    figure, axis = _axes(4.2, 3.4)
+    error = np.stack([rows.value - rows.low, rows.high - rows.value])
+    axis.plot([0, 1], [0, 1], color="black", linewidth=0.8)
+    axis.errorbar(rows.budget, rows.value, error, fmt="o", color="#0072B2", capsize=3)
+    axis.set(xlabel="budget asked for (kept share)", ylabel="measured in generation", xlim=(0, 1), ylim=(0, 1))
+    return figure
+
+
+def rates_over_steps(rows: pd.DataFrame) -> Figure:
+    """The predicted rate at each generation step, mean over answers with its 10th to 90th percentile, one line a task."""
+    figure, axis = _axes(7.2, 3.1)
+    for task, dash in zip(dict.fromkeys(rows.task), ("-", "--", ":", "-.") * 4, strict=False):
+        found = rows[rows.task == task].groupby("step").rate
+        mean, low, high = found.mean(), found.quantile(0.1), found.quantile(0.9)
+        (line,) = axis.plot(mean.index, mean, dash, label=task.replace("_", " "), color=TASK_COLOURS.get(task))
+        axis.fill_between(mean.index, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axis.set(xlabel="generation step (token)", ylabel="predicted rate\n(share of image tokens to drop)", ylim=(-0.02, 1.02))
+    axis.legend(loc="best", ncols=2)
+    return figure
+
+
+def predictor_weights(weights: np.ndarray) -> Figure:
+    """What each head's attention to each segment does to the rate: (head, 4), change of the mean logit-weighted rate."""
+    figure, axis = _axes(5.6, 2.6)
+    limit = float(np.abs(weights).max()) or 1.0
+    seaborn.heatmap(
+        pd.DataFrame(weights.T, index=list(SEGMENTS)), ax=axis, cmap="RdBu_r", center=0, vmin=-limit, vmax=limit,
+        cbar_kws={"label": "towards dropping more"},
+    )  # fmt: skip
+    axis.set(xlabel="attention head of the observed layer", ylabel="")
+    axis.tick_params(rotation=0)
+    return figure
+
+
+def loss_by_share(constant: pd.DataFrame, learned: pd.DataFrame) -> Figure:
+    """Teacher-forced loss of a constant rate over what it keeps, and of each trained predictor at what it keeps."""
+    figure, axis = _axes(7.2, 3.2)
+    axis.plot(constant.kept, constant.loss, "-", color="#777777", label="constant rate")
+    axis.fill_between(constant.kept, constant.low, constant.high, color="#777777", alpha=0.2, linewidth=0)
+    error = np.stack([learned.loss - learned.low, learned.high - learned.loss])
+    axis.errorbar(learned.kept, learned.loss, error, fmt="o", color="#D55E00", capsize=3, label="DyRate")
+    axis.set(xlabel="mean kept share of image tokens", ylabel="cross-entropy (nats a token)")
+    axis.legend(loc="upper right")
+    return figure

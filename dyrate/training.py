@@ -98,7 +98,7 @@ class Prepared:
     labels: Int[Tensor, "batch step"]
     score: Float[Tensor, "batch step image_token"]
     features: Float[Tensor, "batch step feature"]
-    taught: Float[Tensor, "batch step word"] | None = None
+    teacher: Float[Tensor, "batch step word"] | None = None
 
 
 def prepare(model, processor, batch: list[Example], images: list, predictor: RatePredictor) -> Prepared:
@@ -225,7 +225,7 @@ def train(
     batches = [prepare(model, processor, *pair, predictor) for pair in examples.batches(settings.batch)]
     if settings.distill:
         for b in batches:
-            b.taught = _unpruned(model, predictor, b)
+            b.teacher = _unpruned(model, predictor, b)
     features = torch.cat([b.features[b.labels != IGNORE] for b in batches])
     start = settings.budget if settings.unit == "kept" else 0.5
     predictor.start_at(start, features)
@@ -295,9 +295,9 @@ def _descend(model, predictor, batches: list[Prepared], settings: Settings, work
 
 
 def _task_loss(words: Tensor, prepared: Prepared, valid: Tensor) -> Tensor:
-    if prepared.taught is None:
+    if prepared.teacher is None:
         return F.cross_entropy(words[valid].float(), prepared.labels[valid])
-    return F.kl_div(words[valid].float().log_softmax(-1), prepared.taught[valid].float().log_softmax(-1), log_target=True,
+    return F.kl_div(words[valid].float().log_softmax(-1), prepared.teacher[valid].float().log_softmax(-1), log_target=True,
                     reduction="batchmean")  # fmt: skip
 
 
@@ -330,6 +330,29 @@ def _load(path: Path, predictor, optimizer, settings: Settings) -> dict:
             optimizer.state[p] = {k: file.get_tensor(v) if k == "step" else file.get_tensor(v).to(p.device)
                                   for k, v in moments.items()}  # fmt: skip
     return about["state"]
+
+
+@torch.no_grad()
+def taught(model, predictor: RatePredictor, batches: list[Prepared], rate: float | None = None) -> list[dict]:
+    """Teacher-forced loss without noise, one row a sequence: mean cross-entropy (nats a token), mean kept share, rates.
+
+    rate: the same at every step, in place of the predictor's; rounded to its grid.
+    """
+    rows = []
+    for prepared in batches:
+        best = predictor(prepared.features).argmax(-1)
+        if rate is not None:
+            best = torch.full_like(best, int((predictor.rates - rate).abs().argmin()))
+        choice = F.one_hot(best, len(predictor.rates)).float()
+        masks = masks_over_steps(choice, prepared, predictor.rates, predictor.residency)
+        words = pruned_logits(model, predictor, prepared, masks).float()
+        share = masks.sum(-1) / prepared.image.sum(1)[:, None]
+        for i, labels in enumerate(prepared.labels):
+            valid = labels != IGNORE
+            loss = float(F.cross_entropy(words[i][valid], labels[valid]))
+            kept, said = share[i][valid], predictor.rates[best[i]][valid]
+            rows.append({"loss": loss, "kept": float(kept.mean()), "rates": said.tolist(), "kept_steps": kept.tolist()})
+    return rows
 
 
 def measured_share(model, processor, predictor, examples: Examples, *, batch_size: int = 32, max_new_tokens: int = 100) -> dict:
