@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         profile, parameters = read_profile(given.profile)
         chosen = choose(given.only)
+        if not given.only and profile_is_partial(parameters):
+            chosen = [notebook for notebook in chosen if notebook.stem in parameters]
         plan = [(notebook, parameters_of(notebook, parameters)) for notebook in chosen]
         check_kernel()
     except (ValueError, FileNotFoundError) as error:
@@ -67,6 +69,11 @@ def read_profile(name: str) -> tuple[str, dict[str, dict]]:
     if unknown := set(content) - stems - {"all"}:
         raise ValueError(f"{path}: no notebook is called {sorted(unknown)}; there are {sorted(stems)}")
     return path.stem, content
+
+
+def profile_is_partial(parameters: dict[str, dict]) -> bool:
+    """A profile that names some notebooks, and has no section "all", means those."""
+    return bool(parameters) and "all" not in parameters
 
 
 def choose(only: list[str]) -> list[Path]:

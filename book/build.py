@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import yaml
 
 BOOK = Path(__file__).resolve().parent
 ROOT = BOOK.parent
@@ -47,13 +48,22 @@ def main(argv: list[str] | None = None) -> int:
             shutil.copy(picture, BOOK / "_assets" / "hero.png")
     (BOOK / "made.md").write_text(how_made(made, results))
     program = "from jupyter_book.cli.main import main; main()"  # the command of this interpreter, wherever PATH leads
-    options = ["--path-output", str(given.out.parent), "-W", "-n", "--keep-going", "-q"]
+    toc = BOOK / "_toc.generated.yml"
+    toc.write_text(yaml.safe_dump(with_pages(yaml.safe_load((BOOK / "_toc.yml").read_text()), {p.stem for p in pages})))
+    options = ["--path-output", str(given.out.parent), "--toc", str(toc), "-W", "-n", "--keep-going", "-q"]
     command = [sys.executable, "-c", program, "build", str(BOOK), *options]
     shutil.rmtree(given.out, ignore_errors=True)
     done = subprocess.run(command, cwd=ROOT).returncode
     if done == 0:
         print(f"the book: {given.out / 'html' / 'index.html'}")
     return done
+
+
+def with_pages(toc: dict, stems: set[str]) -> dict:
+    """The table of contents without the chapters that this profile did not run."""
+    for part in toc["parts"]:
+        part["chapters"] = [c for c in part["chapters"] if not c["file"].startswith("analysis/") or Path(c["file"]).name in stems]
+    return toc
 
 
 def parameter(notebook, name: str):

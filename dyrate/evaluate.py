@@ -27,7 +27,7 @@ from dyrate.pocket.language import read_description
 from dyrate.strategy import Strategy
 
 PACKAGE = Path(__file__).parent
-DECIDES = ("engine.py", "look.py", "segments.py", "strategy.py", "trace.py", "cost.py", "datasets.py", "attention.py")
+DECIDES = ("look.py", "segments.py", "strategy.py", "trace.py", "cost.py", "datasets.py", "attention.py")
 
 
 def answers(
@@ -108,7 +108,9 @@ def _measure(model, processor, label: str, strategy: Strategy, batch, images, se
 def _folder(store: Path, model, strategies, examples, settings: dict, state) -> Path:
     """A folder of its own for this very measurement, with a note of what that is."""
     code = hashlib.sha256()
-    for path in [PACKAGE / name for name in DECIDES] + sorted((PACKAGE / "strategies").glob("*.py")):
+    for path in (
+        [PACKAGE / name for name in DECIDES] + sorted(PACKAGE.glob("engine/*.py")) + sorted(PACKAGE.glob("strategies/*.py"))
+    ):
         code.update(path.read_bytes())
     about = {
         "model": describe(model) | {"name": model.config._name_or_path, "weights": _sum_of_weights(model)},

@@ -119,7 +119,7 @@ def test_source_notebooks_are_clean_and_well_formed():
                 assert cell.execution_count is None
                 figure = cell.metadata.get("mystnb", {})
                 assert ("figure" in figure) == ("image" in figure)
-                assert not figure or (figure["figure"]["caption"] and figure["image"]["alt"])
+                assert "figure" not in figure or (figure["figure"]["caption"] and figure["image"]["alt"])
 
 
 def test_every_profile_fits_its_notebooks():

@@ -1,15 +1,13 @@
-"""The only file that knows transformers' internals: it reads attention from a live model and drops image tokens in it.
+"""Let a strategy drop image tokens from a live model.
 
-Both leave the model as found. How dropping works: a pre-hook on the first pruned layer asks the strategy, and takes the
-chosen positions out of the hidden states (prefill) or out of the cached keys and values (decode); pre-hooks on all deeper
-layers hand in the mask and the rotary embeddings that fit. Tokens keep their positions.
+A pre-hook on the first pruned layer asks the strategy, and takes the chosen positions out of the hidden states (prefill) or
+out of the cached keys and values (decode); pre-hooks on all deeper layers hand in the mask and the rotary embeddings that
+fit. Tokens keep their positions.
 """
 
 from __future__ import annotations
 
-import copy
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,75 +17,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from dyrate.engine.cached import PrunedLayer, check_cache_layer, take, take_cached
+from dyrate.engine.observing import decoder_layers, observe, observe_modules
 from dyrate.look import Look
 from dyrate.segments import Segments, find_segments, system_ids
 from dyrate.strategy import Seen, Strategy, Vision, choose, kept_count
 from dyrate.trace import Stage, Step, Trace
 
-_NAME = "dyrate_observed"
 _SPARE_SLOTS = 16  # evicted tokens are only masked until so many slots, or an eighth of all, can be freed at once
-
-Observer = Callable[[int, Look], None]
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The language decoder's layers of a vision-language model."""
-    layers = getattr(model.get_decoder(), "layers", None)
-    if layers is None or not hasattr(layers[0], "self_attn"):
-        raise TypeError(f"{type(model).__name__} has no stack of decoder layers with self-attention that dyrate knows")
-    return layers
-
-
-@contextmanager
-def observe(model: PreTrainedModel, observer: Observer, layers: Iterable[int] | None = None) -> Iterator[None]:
-    """Call `observer(layer, look)` for each of `layers` at every forward pass, with the attention that it may look at.
-
-    The model keeps its attention implementation; `look.newest` computes one more row, (batch, head, key), beside it.
-    layers: indices (default: all). Observing a layer twice at a time is an error.
-    """
-    stack = decoder_layers(model)
-    chosen = range(len(stack)) if layers is None else layers
-    with _observe({i: stack[i].self_attn for i in chosen}, observer):
-        yield
-
-
-@contextmanager
-def _observe(attentions: dict[int, nn.Module], observer: Observer) -> Iterator[None]:
-    if any(_NAME in module.config._attn_implementation for module in attentions.values()):
-        raise RuntimeError("this model is observed already: leave the first `observe` before entering another")
-    if not attentions:
-        yield
-        return
-    number = {id(module): i for i, module in attentions.items()}
-    found = {i: module.config for i, module in attentions.items()}
-    usual = _usual_attention(next(iter(attentions.values())))
-
-    def observed(module, query, key, value, attention_mask, *args, scaling=None, **kwargs):
-        scale = (module.scaling if hasattr(module, "scaling") else module.scale) if scaling is None else scaling
-        observer(number[id(module)], Look(query, key, attention_mask, scale, module.is_causal))
-        return usual(module, query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
-
-    name = f"{_NAME}_{id(observed):x}"
-    AttentionInterface.register(name, observed)
-    try:
-        for module in attentions.values():
-            module.config = copy.copy(module.config)
-            module.config._attn_implementation_internal = name
-        yield
-    finally:
-        for i, module in attentions.items():
-            module.config = found[i]
-        del AttentionInterface._global_mapping[name]
-
-
-def _usual_attention(module: nn.Module) -> Callable:
-    """The function with which this attention module computes."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return AttentionInterface().get_interface(module.config._attn_implementation, eager)
 
 
 @contextmanager
@@ -125,54 +65,8 @@ def prune(model: PreTrainedModel, strategy: Strategy, processor=None) -> Iterato
             projector, attention = _vision_parts(model)
             run.projector = projector
             stack.callback(projector.register_forward_pre_hook(run.features_at).remove)
-            stack.enter_context(_observe({-1: attention}, run.vision_at))
+            stack.enter_context(observe_modules({-1: attention}, run.vision_at))
         yield run.trace
-
-
-class _Enough(Exception):
-    """Ends a forward pass whose upper layers are not wanted."""
-
-
-@torch.no_grad()
-def lower_half(
-    model: PreTrainedModel, inputs: dict, first: int, observed: Iterable[int]
-) -> tuple[Tensor, tuple[Tensor, ...], dict[int, Look]]:
-    """Run the layers before `first` over whole sequences: hidden states that enter it, rotary embeddings, observed looks."""
-    caught: dict = {}
-    looks: dict[int, Look] = {}
-
-    def stop(module, args, kwargs):
-        caught.update(hidden=args[0], rotary=kwargs["position_embeddings"])
-        raise _Enough
-
-    handle = decoder_layers(model)[first].register_forward_pre_hook(stop, with_kwargs=True)
-    if not hasattr(model.model, "rope_deltas"):  # as generate does for padded rows; others place tokens in the image's plane
-        inputs = {"position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0), **inputs}
-    try:
-        with observe(model, looks.__setitem__, observed):
-            model(**inputs, use_cache=False)
-    except _Enough:
-        pass
-    finally:
-        handle.remove()
-    return caught["hidden"], caught["rotary"], looks
-
-
-def upper_half(
-    model: PreTrainedModel, first: int, hidden: Tensor, rotary: tuple[Tensor, ...], bias: Tensor, queries: Tensor,
-    checkpointing: bool = False,
-) -> Float[Tensor, "batch step word"]:  # fmt: skip
-    """Run layers `first` and up under an additive bias (batch, 1, length, length); logits of the queries (step) asked for.
-
-    Gradients reach the bias. checkpointing: keep no activations inside a layer, compute them again in the backward pass.
-    """
-    for layer in decoder_layers(model)[first:]:
-        given = {"attention_mask": bias.to(hidden.dtype), "position_embeddings": rotary, "position_ids": None}
-        if checkpointing:
-            hidden = checkpoint(layer, hidden, **given, use_reentrant=False)
-        else:
-            hidden = layer(hidden, **given)
-    return model.get_output_embeddings()(model.get_decoder().norm(hidden[:, queries]))
 
 
 def _vision_parts(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
@@ -211,42 +105,6 @@ class _Group:
             setattr(self, name, getattr(before, name))
 
 
-class _CacheLayer(DynamicLayer):
-    """A cache layer that may hold fewer tokens than were seen, and still tells how many those were.
-
-    Positions and mask sizes come from the cache's length. lead: the layer whose reordering carries the run's rows along.
-    """
-
-    evicted = 0
-
-    def __init__(self, lead: _Pruning | None):
-        super().__init__()
-        self.lead = lead
-
-    def get_seq_length(self) -> int:
-        length = super().get_seq_length()
-        return length + self.evicted if length else 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        if self.lead:
-            self.lead.take_rows(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        if self.lead:
-            self.lead.take_rows(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = len(self.keys)
-        super().batch_repeat_interleave(repeats)
-        if self.lead:
-            self.lead.take_rows(torch.arange(rows, device=self.keys.device).repeat_interleave(repeats))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("a pruned cache cannot be cropped: assisted decoding is not supported with a strategy")
-
-
 class _Pruning:
     """One strategy on one model: the hooks and what they remember from prefill to the last token."""
 
@@ -279,7 +137,7 @@ class _Pruning:
             raise ValueError("pass input_ids: in inputs_embeds alone the image tokens cannot be told from the others")
         for i in self.group_of:
             if cache is not None and i < len(cache.layers):
-                _check_cache_layer(cache.layers[i], i)
+                check_cache_layer(cache.layers[i], i)
         if cached == 0:
             self._begin_prompt(ids, kwargs.get("attention_mask"))
         elif ids.shape[1] != 1 or self.step < 0:
@@ -377,8 +235,8 @@ class _Pruning:
             raise ValueError("pruning needs the KV cache: leave use_cache on")
         while len(cache.layers) <= layer:  # a cache made without a configuration grows as it is filled
             cache.layers.append(DynamicLayer())
-        _check_cache_layer(cache.layers[layer], layer)
-        cache.layers[layer] = _CacheLayer(self if layer == self.groups[0].first else None)
+        check_cache_layer(cache.layers[layer], layer)
+        cache.layers[layer] = PrunedLayer(self if layer == self.groups[0].first else None)
 
     def _prefill(self, group: _Group, hidden: Tensor, kwargs: dict) -> Tensor:
         """Decide, and take the tokens that stay out of the hidden states."""
@@ -406,8 +264,8 @@ class _Pruning:
         group.alive = alive.gather(1, index)
         group.whole = len(set(self._n_alive(counts))) == 1
         rotary = kwargs["position_embeddings"] if columns is None else self.rotary
-        self.rotary = tuple(_take(x.to(hidden.device), index) for x in rotary)
-        hidden = _take(hidden, index)
+        self.rotary = tuple(take(x.to(hidden.device), index) for x in rotary)
+        hidden = take(hidden, index)
         self.mask = self._prefill_mask(group, hidden)
         return hidden
 
@@ -435,7 +293,7 @@ class _Pruning:
         answer = cache.layers[group.first].keys.shape[2] - slots
         index = torch.cat([index, (slots + torch.arange(answer, device=index.device)).expand(len(index), -1)], 1)
         for layer in cache.layers[group.first : group.last]:
-            layer.keys, layer.values = (_take_cached(x, index.to(x.device)) for x in (layer.keys, layer.values))
+            layer.keys, layer.values = (take_cached(x, index.to(x.device)) for x in (layer.keys, layer.values))
             layer.evicted += slots - n
 
     # -- helpers -------------------------------------------------------------------------------------------------------
@@ -565,27 +423,3 @@ def _mask_form(model: PreTrainedModel) -> str:
         f'attn_implementation="{used}" is not supported with a strategy: load the model with "sdpa", "eager" or '
         '"flash_attention_2"'
     )
-
-
-def _check_cache_layer(layer, index: int) -> None:
-    if type(layer) not in (DynamicLayer, _CacheLayer):
-        raise ValueError(
-            f"layer {index} keeps its keys in a {type(layer).__name__}, which cannot be pruned: generate with the default "
-            'cache (no cache_implementation="static", no quantized or sliding-window cache)'
-        )
-
-
-def _take(x: Float[Tensor, "*lead batch length dim"], index: Int[Tensor, "batch n"]) -> Float[Tensor, "*lead batch n dim"]:
-    """Positions `index` of each row; where x has one row for all, each row takes its own. Whole rows: far faster than gather."""
-    batch, n = index.shape
-    length, dim = x.shape[-2:]
-    x = x.expand(*x.shape[:-3], batch, length, dim)
-    flat = (index + length * torch.arange(batch, device=index.device)[:, None]).flatten().to(x.device)
-    taken = x.reshape(*x.shape[:-3], batch * length, dim).index_select(-2, flat)
-    return taken.view(*x.shape[:-3], batch, n, dim)
-
-
-def _take_cached(x: Float[Tensor, "batch head length dim"], index: Int[Tensor, "batch n"]) -> Float[Tensor, "batch head n dim"]:
-    batch, heads, length, dim = x.shape
-    taken = _take(x.reshape(1, batch * heads, length, dim)[0], index.repeat_interleave(heads, 0))
-    return taken.view(batch, heads, index.shape[1], dim)
