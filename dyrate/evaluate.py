@@ -27,7 +27,8 @@ from dyrate.pocket.language import read_description
 from dyrate.strategy import Strategy
 
 PACKAGE = Path(__file__).parent
-DECIDES = ("look.py", "segments.py", "strategy.py", "trace.py", "cost.py", "datasets.py", "attention.py")
+# What a stored answer depends on, of this package
+DECIDES = ("engine/*", "strategies/*", "look", "segments", "strategy", "trace", "cost", "datasets", "attention", "predictor")
 
 
 def answers(
@@ -108,12 +109,11 @@ def _measure(model, processor, label: str, strategy: Strategy, batch, images, se
 def _folder(store: Path, model, strategies, examples, settings: dict, state) -> Path:
     """A folder of its own for this very measurement, with a note of what that is."""
     code = hashlib.sha256()
-    for path in (
-        [PACKAGE / name for name in DECIDES] + sorted(PACKAGE.glob("engine/*.py")) + sorted(PACKAGE.glob("strategies/*.py"))
-    ):
+    for path in (path for name in DECIDES for path in sorted(PACKAGE.glob(f"{name}.py"))):
         code.update(path.read_bytes())
     about = {
-        "model": describe(model) | {"name": model.config._name_or_path, "weights": _sum_of_weights(model)},
+        "model": {k: v for k, v in describe(model).items() if k != "device"}  # processes may sit on several
+        | {"name": model.config._name_or_path, "weights": _sum_of_weights(model)},
         "strategies": {k: _described(v) for k, v in strategies.items()}, "settings": {k: str(v) for k, v in settings.items()},
         "examples": [[e.name, e.prompt, str(e.path)] for e in examples], "code": code.hexdigest(),
     }  # fmt: skip
