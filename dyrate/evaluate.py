@@ -38,15 +38,15 @@ def answers(
     found = []
     bar = tqdm(total=len(examples), desc="answers", disable=not progress)
     for batch, images in examples.batches(batch_size):
-        texts, _ = _generate(model, processor, batch, images, {"max_new_tokens": max_new_tokens} | generate)
+        texts, _ = generated(model, processor, batch, images, {"max_new_tokens": max_new_tokens} | generate)
         found += zip(batch, texts, strict=True)
         bar.update(len(batch))
     bar.close()
     return found
 
 
-def _generate(model, processor, batch: list[Example], images: list, settings: dict) -> tuple[list[str], list[int]]:
-    """Texts, and how many tokens each took with its end token."""
+def generated(model, processor, batch: list[Example], images: list, settings: dict) -> tuple[list[str], list[int]]:
+    """The answers to one batch, greedy unless `settings` say otherwise: texts, and how many tokens each took with its end."""
     inputs = encode(processor, images, [e.prompt for e in batch]).to(model.device, model.dtype)
     with torch.inference_mode():
         output = model.generate(**inputs, **({"do_sample": False} | settings))
@@ -94,7 +94,7 @@ def run(
 def _measure(model, processor, label: str, strategy: Strategy, batch, images, settings: dict) -> list[dict]:
     strategy.meet(batch)
     with strategy(model, processor) as trace:
-        texts, lengths = _generate(model, processor, batch, images, settings)
+        texts, lengths = generated(model, processor, batch, images, settings)
     costs = ledger(shape_of(model), trace, strategy, lengths=lengths, itemsize=model.dtype.itemsize)
     share = trace.kept_share()
     rows = []
@@ -202,3 +202,9 @@ def compare(table: pd.DataFrame, reference: str = "Full") -> pd.DataFrame:
             row |= {"kv_share": mine.kv_bytes.mean() / base.kv_bytes.mean()}
         rows.append(row | {"kept": mine.kept.mean(), "tokens": mine.tokens.mean(), "invented": mine.invented.mean()})
     return pd.DataFrame(rows)
+
+
+def method_scores(table: pd.DataFrame, method: str, task: str) -> pd.Series:
+    """Score of each sample of a task under one method, mean over its kept shares (the label's second word)."""
+    rows = table[(table.task == task) & (table.strategy.str.split().str[0] == method)]
+    return rows.groupby("sample").score.mean()

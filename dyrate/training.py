@@ -1,6 +1,7 @@
 """Train a rate predictor to a budget: the base model is frozen, masks stand for dropping, the budget is met by a multiplier.
 
-    train(model, processor, examples, budget=0.33)  ->  RatePredictor
+    train(model, processor, examples, budget=0.33).predictor
+    python -m dyrate.training --budget 0.33 --out data/pocket/dyrate/evict-0.33
 
 What broke in trials, and what stands against it here: samples of a rate are drawn with noise that one answer shares over all its
 steps, and the predictor starts at the budget, for otherwise the lowest of many samples wins at once and later rates are inert;
@@ -10,6 +11,7 @@ and a last calibration measures real generation.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from dataclasses import asdict, dataclass
@@ -24,11 +26,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from dyrate import datasets
 from dyrate.attention import encode
 from dyrate.cost import Shape, kv_bytes, layer_macs, shape_of
 from dyrate.datasets import Example, Examples
 from dyrate.engine import lower_half, upper_half
+from dyrate.evaluate import generated
 from dyrate.files import write_whole
+from dyrate.models import load
 from dyrate.predictor import (
     DyRate,
     RatePredictor,
@@ -40,6 +45,7 @@ from dyrate.predictor import (
     rate_masks,
 )  # fmt: skip
 from dyrate.segments import Segments, find_segments, segment_shares, system_ids
+from dyrate.strategy import Strategy
 
 IGNORE = -100
 UNITS = ("kept", "macs", "macs_uncached", "kv_bytes")
@@ -355,17 +361,24 @@ def taught(model, predictor: RatePredictor, batches: list[Prepared], rate: float
     return rows
 
 
-def measured_share(model, processor, predictor, examples: Examples, *, batch_size: int = 32, max_new_tokens: int = 100) -> dict:
-    """Mean kept share in real, greedy generation: {"mean", "by_example"}; each example's mean over the steps of its answer."""
-    from dyrate.evaluate import _generate  # which imports the strategies
+def rate_changes(rows: list[dict]) -> list[float]:
+    """By how much the rate changes from the first third of an answer to the last; answers of nine tokens and more."""
+    found = [row["rates"] for row in rows if len(row["rates"]) >= 9]
+    return [float(np.mean(r[-(len(r) // 3) :]) - np.mean(r[: len(r) // 3])) for r in found]
 
-    shares = []
+
+def trajectories(
+    model, processor, strategy: Strategy, examples: Examples, *, batch_size: int = 32, max_new_tokens: int = 100
+) -> dict[str, list[float]]:
+    """Kept share at each step of real, greedy generation, by example."""
+    found = {}
     for batch, images in examples.batches(batch_size):
-        with DyRate.of(predictor)(model, processor) as trace:
-            _, lengths = _generate(model, processor, batch, images, {"max_new_tokens": max_new_tokens})
+        strategy.meet(batch)
+        with strategy(model, processor) as trace:
+            _, lengths = generated(model, processor, batch, images, {"max_new_tokens": max_new_tokens})
         kept = trace.kept_share()
-        shares += [float(kept[:length, i].mean()) for i, length in enumerate(lengths)]
-    return {"mean": float(np.mean(shares)), "by_example": shares}
+        found |= {e.name: kept[:length, i].tolist() for i, (e, length) in enumerate(zip(batch, lengths, strict=True))}
+    return found
 
 
 def calibrate(
@@ -379,7 +392,8 @@ def calibrate(
     tilt = 0.0
     for _ in tqdm(range(rounds), desc="calibrating", disable=not progress):
         predictor.tilt.fill_(tilt)
-        share = measured_share(model, processor, predictor, examples)["mean"]
+        paths = trajectories(model, processor, DyRate.of(predictor), examples)
+        share = float(np.mean([np.mean(path) for path in paths.values()]))
         best = min(best, (abs(share - settings.budget), tilt, share))
         if best[0] < 0.004:
             break
@@ -405,3 +419,32 @@ def warnings_of(predictor, batches: list[Prepared], history: list[dict], setting
     if len(losses) > 40 and np.mean(losses[-10:]) > 1.5 * np.mean(losses[:10]) + 0.1:
         found.append("the loss rose while training: lower `rate`, or raise `last_temperature`")
     return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Train a rate predictor and save it (safetensors and JSON).")
+    parser.add_argument("--model", default="pocket", help='"pocket", a folder, or a hub name')
+    parser.add_argument("--source", default="pocket", help='"pocket", or a folder of photographs with captions')
+    parser.add_argument("--tasks", nargs="+", default=["description", "caption", "qa_count", "qa_place"])
+    parser.add_argument("--n-train", type=int, default=48, help="examples a task to train on")
+    parser.add_argument("--n-validation", type=int, default=16, help="examples a task to calibrate the budget on")
+    parser.add_argument("--out", type=Path, required=True, help="where the predictor goes")
+    parser.add_argument("--work", type=Path, help="checkpoints to go on from")
+    for name, value in asdict(Settings()).items():
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(value, bool) else {"type": type(value)}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=value, **kind)
+    given = vars(parser.parse_args(argv))
+    settings = Settings(**{name: given[name] for name in asdict(Settings())})
+    model, processor = load(given["model"])
+    sets = {
+        split: datasets.examples(given["source"], given[f"n_{split}"], tasks=given["tasks"], split=split)
+        for split in ("train", "validation")
+    }
+    trained = train(model, processor, sets["train"], settings, validation=sets["validation"], work=given["work"])
+    trained.predictor.save_pretrained(given["out"])
+    for warning in trained.warnings:
+        print(f"warning: {warning}")
+
+
+if __name__ == "__main__":
+    main()

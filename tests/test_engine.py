@@ -36,7 +36,7 @@ def make(name, fields, share=0.4, n_layers=5, n_image=16):
         generator = torch.Generator().manual_seed(3)
         strategy.masks = [torch.rand(n_image, generator=generator) > 0.5 for _ in range(2)]
     else:
-        strategy.meet([Example("a", "", "", ()), Example("b", "", "", ())])
+        strategy.meet([Example("a", "", "", ()), Example("b", "", "", ())])  # of no task
     return strategy
 
 

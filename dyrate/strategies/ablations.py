@@ -2,16 +2,15 @@
 
 from dataclasses import dataclass
 
-from dyrate.strategies.controls import Constant
+from dyrate.strategies.fastv import FastV
 from dyrate.strategy import Strategy, rate_field
 
 
 @dataclass(kw_only=True)
-class FixedPrune(Constant):
+class FixedPrune(FastV):
     """FP: one rate for all layers from the fourth on."""
 
     first_pruned_layer: int = 3
-    compared = True
 
 
 @dataclass(kw_only=True)

@@ -13,25 +13,35 @@ from dyrate.strategy import Strategy, rate_field
 
 
 @dataclass(kw_only=True)
-class Constant(Strategy):
+class Constant(FastV):
     """The same rate at every step: what a dynamic rate must beat at equal mean budget, in the same residency.
 
     In "evict" it is FastV, for the ranking of the first step decides; in "hide" it is FastVRerank.
     """
 
-    rate: float = 0.5
+    each_step = True
     compared = False
 
-    def __post_init__(self):
-        rate_field("rate", self.rate)
-        super().__post_init__()
+
+@dataclass(kw_only=True)
+class TaskConstant(Strategy):
+    """One rate for each kind of task: what knowing the task alone is worth."""
+
+    rates: dict[str, float] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list, repr=False)
+    compared = False
+
+    def meet(self, examples: Sequence) -> None:
+        self.names = [e.task for e in examples]
 
     def keep(self, seen):
-        return 1 - self.rate
+        if missing := set(self.names) - set(self.rates):
+            raise ValueError(f"TaskConstant has no rate for the tasks {sorted(missing)}")
+        return 1 - torch.tensor([self.rates[task] for task in _by_row(self.names, len(seen.image))], device=seen.image.device)
 
     @classmethod
     def at(cls, share, n_layers, **fields):
-        return cls(rate=1 - share, **fields)
+        return cls(rates={"": 1 - share}, **fields)
 
 
 @dataclass(kw_only=True)

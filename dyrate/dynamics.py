@@ -1,0 +1,121 @@
+"""Is it the dynamics? Controls made from a predictor's own rates, and three questions that they answer one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from dyrate.metrics import bootstrap
+from dyrate.predictor import DyRate
+from dyrate.strategies import STRATEGIES
+from dyrate.strategy import Strategy
+from dyrate.training import trajectories
+
+QUESTIONS = {
+    "a schedule against a constant": ("mean trajectory", "constant"),
+    "adapting against its mean schedule": ("DyRate", "mean trajectory"),
+    "learning against annealing": ("DyRate", "annealing"),
+    "DyRate against a constant": ("DyRate", "constant"),
+}
+
+
+def kept_paths(model, processor, learned: dict[str, DyRate], examples, max_new_tokens: int) -> pd.DataFrame:
+    """Kept share at every step of every answer under every predictor: strategy, sample, task, step, kept."""
+    tasks = {e.name: e.task for e in examples}
+    rows = [
+        {"strategy": label, "sample": name, "task": tasks[name], "step": t, "kept": share}
+        for label, strategy in learned.items()
+        for name, path in trajectories(model, processor, strategy, examples, max_new_tokens=max_new_tokens).items()
+        for t, share in enumerate(path)
+    ]
+    return pd.DataFrame(rows)
+
+
+def controls(paths: pd.DataFrame, like: DyRate, n_layers: int, oracle: bool) -> dict[str, Strategy]:
+    """Strategies at the mean kept share of `paths`, each without one thing that DyRate has. like: for layer and residency.
+
+    constant: no schedule. mean trajectory: no adaptation. others' rates: adapted to another input. annealing: not learned.
+    constant by task: knows no more than the task. lots, reranked, oracle: the constant under another ranking.
+    """
+    answers = paths.groupby(["strategy", "sample", "task"], sort=False).kept
+    budget = float(answers.mean().mean())
+    mean_path = paths.groupby("step").kept.mean().to_numpy()
+    if like.residency == "evict":
+        mean_path = np.minimum.accumulate(mean_path)
+    common = {"first_pruned_layer": like.first_pruned_layer, "residency": like.residency}
+    length = round(paths.groupby(["strategy", "sample"]).size().mean())
+    by_task = answers.mean().groupby("task", sort=False).mean()
+    make = STRATEGIES
+    found = {
+        "Full": make["Full"](),
+        "constant": make["Constant"](rate=1 - budget, **common),
+        "mean trajectory": make["MeanTrajectory"](rates=tuple(float(1 - x) for x in mean_path), **common),
+        "others' rates": make["ShuffledRates"](rates=tuple(tuple(float(1 - x) for x in path) for _, path in answers), **common),
+        "annealing": make["LinearAnneal"].at(budget, n_layers, steps=max(1, length), **common),
+        "constant by task": make["TaskConstant"](rates={t: float(1 - x) for t, x in by_task.items()}, **common),
+        "constant, lots": make["RandomPrune"](rate=1 - budget, **common),
+        "constant, reranked": make["FastVRerank"](rate=1 - budget, first_pruned_layer=like.first_pruned_layer),
+    }
+    if oracle:
+        found["constant, oracle"] = make["Oracle"](rate=1 - budget, **common)
+    return found
+
+
+def schedules(paths: pd.DataFrame, strategies: dict[str, Strategy]) -> pd.DataFrame:
+    """Mean kept share by step of each predictor and of the controls that depend on the step alone."""
+    rows = [paths.groupby(["strategy", "step"], sort=False).kept.mean().reset_index()]
+    last = int(paths.groupby(["strategy", "sample"]).size().mean())
+    for name in ("constant", "annealing"):
+        shares = [strategies[name].keep(_Step(t)) for t in range(last)]
+        rows.append(pd.DataFrame({"strategy": name, "step": range(last), "kept": shares}))
+    return pd.concat(rows, ignore_index=True)
+
+
+class _Step:
+    """All that a schedule looks at."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+
+def explained(paths: pd.DataFrame) -> dict[str, float]:
+    """Share of the variance of the kept share that a straight line in the step, or the task alone, explains."""
+    if paths.kept.std() == 0:
+        return {"step": 0.0, "task": 0.0}
+    by_task = paths.groupby("task").kept.transform("mean")
+    return {"step": float(np.corrcoef(paths.step, paths.kept)[0, 1] ** 2), "task": float(by_task.var() / paths.kept.var())}
+
+
+def verdicts(scored: pd.DataFrame, learned: Sequence[str], tasks: Sequence[str]) -> pd.DataFrame:
+    """Paired differences for each question and task, and over all tasks but captions, whose score has another scale.
+
+    scored: rows of `evaluate.scored`. learned: labels of the predictors' seeds, whose scores are averaged for each sample.
+    """
+    group = scored.strategy.where(~scored.strategy.isin(list(learned)), "DyRate")
+    mean = scored.assign(group=group).groupby(["group", "task", "sample"], sort=False).score.mean()
+    rows = []
+    for question, (one, other) in QUESTIONS.items():
+        difference = (mean[one] - mean[other]).dropna()
+        rows += [{"question": question, "task": task} | bootstrap(difference[task]) for task in tasks]
+        shared = [difference[task] for task in tasks if task != "caption"]
+        if shared:
+            rows.append({"question": question, "task": "all but captions"} | bootstrap(pd.concat(shared)))
+    return pd.DataFrame(rows)
+
+
+def sentence(found: pd.DataFrame) -> str:
+    """The three verdicts in words, with their intervals."""
+    words = {
+        "a schedule against a constant": ("a schedule", "a constant rate"),
+        "adapting against its mean schedule": ("adapting to the input", "one schedule for all"),
+        "learning against annealing": ("learning", "a straight line"),
+    }
+    pooled = found[found.task == ("all but captions" if "all but captions" in set(found.task) else found.task.iloc[0])]
+    said = []
+    for question, (one, other) in words.items():
+        row = pooled[pooled.question == question].iloc[0]
+        verb = "beats" if row.low > 0 else "loses to" if row.high < 0 else "cannot be told from"
+        said.append(f"{one} {verb} {other} ({row.value:+.3f}, {row.low:+.3f} to {row.high:+.3f})")
+    return "**At equal mean kept share " + "; ".join(said) + ".** Differences in the score, 95 % intervals."
