@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         for picture in results.glob("*_words.png"):
             shutil.copy(picture, BOOK / "_assets" / "hero.png")
     (BOOK / "made.md").write_text(how_made(made, results))
+    (BOOK / "_found.md").write_text(what_was_found(made))
     program = "from jupyter_book.cli.main import main; main()"  # the command of this interpreter, wherever PATH leads
     toc = BOOK / "_toc.generated.yml"
     toc.write_text(yaml.safe_dump(with_pages(yaml.safe_load((BOOK / "_toc.yml").read_text()), {p.stem for p in pages})))
@@ -87,6 +88,15 @@ def with_links(notebook, name: str, repository: str | None):
     cell = nbformat.v4.new_markdown_cell(" · ".join(links))
     notebook.cells.insert(1, cell)
     return notebook
+
+
+def what_was_found(made: list) -> str:
+    """Each chapter's question and the finding that its run computed."""
+    rows = ["| chapter | found |", "|---|---|"]
+    for name, heading, content in made:
+        finding = next((text for key, text in content["texts"].items() if key.endswith("finding")), "")
+        rows.append(f"| [{heading}](analysis/{name}.ipynb) | {finding.replace('|', '/')} |")
+    return "\n".join(rows) + "\n"
 
 
 def how_made(made: list, results: Path) -> str:

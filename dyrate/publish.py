@@ -26,6 +26,7 @@ class Chapter:
         self.folder = ROOT / results
         self.folder.mkdir(parents=True, exist_ok=True)
         self.numbers: dict[str, dict] = {}
+        self.texts: dict[str, str] = {}
 
     def number(self, key: str, value: float | dict) -> None:
         """Record and glue a headline number: a plain value, or {"value", "low", "high", "n"} with its interval.
@@ -42,7 +43,8 @@ class Chapter:
     def text(self, key: str, text: str) -> None:
         """Glue a computed sentence as Markdown, and as `key_plain` for other pages, to which only plain text crosses."""
         glue(key, Markdown(text), display=False)
-        glue(f"{key}_plain", text.replace("**", "").replace("`", ""), display=False)
+        self.texts[key] = text.replace("**", "").replace("`", "")
+        glue(f"{key}_plain", self.texts[key], display=False)
 
     def table(self, file: str, frame: pd.DataFrame) -> None:
         """Write the rows behind a figure as CSV."""
@@ -50,8 +52,9 @@ class Chapter:
         write_whole(path, frame.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
 
     def close(self) -> None:
-        """Write the headline numbers: only now does the chapter count as measured."""
-        write_whole(self.folder / f"{self.name}.json", json.dumps({"numbers": self.numbers}, indent=1) + "\n")
+        """Write the headline numbers and computed sentences: only now does the chapter count as measured."""
+        content = {"numbers": self.numbers, "texts": self.texts}
+        write_whole(self.folder / f"{self.name}.json", json.dumps(content, indent=1) + "\n")
 
 
 def shown_table(frame: pd.DataFrame, caption: str, name: str) -> Markdown:
