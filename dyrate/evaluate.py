@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from dyrate.datasets import Example, Examples
 from dyrate.files import append_lines, write_whole
 from dyrate.models import describe
 from dyrate.pocket.language import read_description
+from dyrate.pocket.scenes import render
 from dyrate.strategy import Strategy
 
 PACKAGE = Path(__file__).parent
@@ -59,17 +61,20 @@ def generated(model, processor, batch: list[Example], images: list, settings: di
 
 def run(
     model, processor, strategies: dict[str, Strategy], examples: Examples, store: Path, *, max_new_tokens: int = 64,
-    batch_size: int = 32, progress: bool = True, **generate,
+    batch_size: int = 32, seed: int = 0, progress: bool = True, **generate,
 ) -> pd.DataFrame:  # fmt: skip
     """One row for each strategy and example: answer, tokens, mean kept share, multiply-accumulates and bytes.
 
     strategies: by the label that tables show. store: a folder of finished samples; what another model, strategy, example
     or setting made is never mixed in. A batch is the same in every run, so an interrupt changes no number. Under
-    `accelerate launch` each process takes its part, and all return the whole table.
+    `accelerate launch` each process takes its part, and all return the whole table. seed: for sampling, if `generate`
+    asks for it.
     """
     settings = {"max_new_tokens": max_new_tokens} | generate
+    drawn = settings.get("do_sample", False)
+    fixed = settings | {"batch_size": batch_size} | ({"seed": seed} if drawn else {})
     state = PartialState(cpu=not torch.cuda.is_available())
-    folder = _folder(store, model, strategies, examples, settings | {"batch_size": batch_size}, state)
+    folder = _folder(store, model, strategies, examples, fixed, state)
     mine = folder / f"part-{state.process_index:03}-of-{state.num_processes:03}.jsonl"
     tasks = dict.fromkeys(e.task for e in examples)
     chunks = []
@@ -83,6 +88,8 @@ def run(
         if not all((label, e.name) in done for e in chunk):
             bar.set_postfix_str(f"{label}, {chunk[0].task}")
             for batch, images in Examples(chunk, examples.source, examples.problems).batches(len(chunk)):
+                if drawn:  # a batch draws the same words in every run
+                    torch.manual_seed(zlib.crc32(f"{seed} {label} {chunk[0].name}".encode()))
                 rows = _measure(model, processor, label, strategies[label], batch, images, settings)
                 append_lines(mine, [json.dumps(row) for row in rows])
         bar.update(len(chunk))
@@ -95,8 +102,11 @@ def _measure(model, processor, label: str, strategy: Strategy, batch, images, se
     strategy.meet(batch)
     with strategy(model, processor) as trace:
         texts, lengths = generated(model, processor, batch, images, settings)
-    costs = ledger(shape_of(model), trace, strategy, lengths=lengths, itemsize=model.dtype.itemsize)
-    share = trace.kept_share()
+    beams = len(trace.n_image) // len(batch)  # rows of one example stand side by side
+    per_row = [length for length in lengths for _ in range(beams)]
+    costs = ledger(shape_of(model), trace, strategy, lengths=per_row, itemsize=model.dtype.itemsize)
+    costs = costs.groupby(costs.row // beams).sum()
+    share = trace.kept_share().reshape(len(trace.steps), len(batch), beams).mean(2)
     rows = []
     for i, example in enumerate(batch):
         cost = {k: int(v) for k, v in costs.iloc[i].items() if k != "row"}
@@ -151,6 +161,41 @@ def _table(folder: Path, labels: list[str], names: list[str]) -> pd.DataFrame:
     rows = [row for row in _read(folder) if row["strategy"] in labels and row["sample"] in order]
     rows.sort(key=lambda row: (labels.index(row["strategy"]), order[row["sample"]]))
     return pd.DataFrame(rows)
+
+
+def kept_by_word(
+    model, processor, strategy: Strategy, examples: Examples, *, batch_size: int = 24, max_new_tokens: int = 64
+) -> list[dict]:
+    """For each example: picture, words, and which image tokens were left when each word was chosen.
+
+    kept: (step, image_token). on_things, elsewhere: the kept share of patches that show something (pocket; else of all) and
+    of the others, at each step. row_bias: how far below the middle the tokens kept first lie, in heights of the image.
+    """
+    found = []
+    for batch, images in examples.batches(batch_size):
+        strategy.meet(batch)
+        with strategy(model, processor) as trace:
+            inputs = encode(processor, images, [e.prompt for e in batch]).to(model.device, model.dtype)
+            with torch.inference_mode():
+                output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        said = output[:, inputs["input_ids"].shape[1] :].tolist()
+        kept = torch.stack([step.stages[-1].kept for step in trace.steps], 1).cpu().numpy()  # (batch, step, image_token)
+        for i, example in enumerate(batch):
+            ids = [t for t in said[i] if t not in processor.tokenizer.all_special_ids]
+            mask = kept[i, : len(ids), : trace.n_image[i]]
+            shown = np.ones(mask.shape[1], bool)
+            if example.scene is not None:
+                picture = render(example.scene)
+                shown = (picture.cover.any(0) | picture.word_cover).flatten()
+            side = round(mask.shape[1] ** 0.5)
+            rows = np.arange(mask.shape[1]) // side
+            found.append({
+                "name": example.name, "picture": images[i], "kept": mask,
+                "words": [processor.tokenizer.decode([t]).strip() for t in ids],
+                "on_things": mask[:, shown].mean(1), "elsewhere": mask[:, ~shown].mean(1) if (~shown).any() else mask.mean(1),
+                "row_bias": float(rows[mask[0]].mean() / (side - 1) - 0.5) if mask[0].any() else 0.0,
+            })  # fmt: skip
+    return found
 
 
 def scored(table: pd.DataFrame, examples: Examples) -> pd.DataFrame:

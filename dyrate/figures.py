@@ -379,3 +379,50 @@ def mean_schedules(rows: pd.DataFrame) -> Figure:
     axis.set(xlabel="generation step (token)", ylabel="kept share of image tokens", ylim=(0, 1.02))
     axis.legend(loc="upper right", ncols=2, fontsize=7)
     return figure
+
+
+def ablation_dots(table: pd.DataFrame, unit: str) -> Figure:
+    """Mean score of each ablation with its interval, one panel a group; the kept share beside each label."""
+    groups = list(dict.fromkeys(table.group))
+    columns = min(3, len(groups))
+    lines = -(-len(groups) // columns)
+    figure = Figure(figsize=(10.2, 2.3 * lines))
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis, group in zip(axes, groups, strict=False):
+        rows = table[table.group == group]
+        y = np.arange(len(rows))[::-1]
+        error = np.stack([rows.value - rows.low, rows.high - rows.value])
+        axis.errorbar(rows.value, y, xerr=error, fmt="o", color="#0072B2", capsize=2.5)
+        axis.set_yticks(
+            y, [f"{label} ({100 * kept:.0f} %)" for label, kept in zip(rows.label, rows.kept, strict=True)], fontsize=8
+        )
+        axis.set_title(group, fontsize=9)
+        axis.set(xlabel=unit, ylim=(-0.6, len(rows) - 0.4))
+    for axis in axes[len(groups) :]:
+        axis.set_visible(False)
+    return figure
+
+
+def kept_patches(picture, masks: np.ndarray, words: list[str], shown: int = 5) -> Figure:
+    """The paper's Fig. 4: which patches are left at some steps, and the dropped share over all. masks: (step, patch)."""
+    side = round(masks.shape[1] ** 0.5)
+    steps = np.unique(np.linspace(0, len(masks) - 1, shown).round().astype(int))
+    figure, axes = _axes(11.5, 2.3, len(steps) + 1, width_ratios=[1] * len(steps) + [1.6])
+    for axis, step in zip(axes, steps, strict=False):
+        axis.imshow(dimmed(picture, masks[step].reshape(side, side)))
+        axis.set_title(f"step {step}: {words[step]}", fontsize=8)
+        axis.set_axis_off()
+    rates = 1 - masks.mean(1)
+    axes[-1].step(range(len(rates)), rates, where="mid", color="#D55E00")
+    axes[-1].plot(steps, rates[steps], "o", color="#D55E00", markersize=4)
+    axes[-1].set(xlabel="generation step (token)", ylabel="dropped share", ylim=(-0.02, 1.02))
+    return figure
+
+
+def dimmed(picture, kept: np.ndarray) -> np.ndarray:
+    """A picture whose dropped patches are almost white; kept: (row, column)."""
+    pixels = np.asarray(picture.convert("RGB"), float) / 255
+    height, width = pixels.shape[:2]
+    rows = np.arange(height) * kept.shape[0] // height
+    columns = np.arange(width) * kept.shape[1] // width
+    return np.where(kept[rows][:, columns][..., None], pixels, 0.12 * pixels + 0.88)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -216,7 +217,8 @@ def train(
 ) -> Trained:  # fmt: skip
     """Train a predictor on examples with reference answers. fields: of `Settings`, if no settings are given.
 
-    work: a folder for checkpoints; an interrupted training goes on from there. validation: examples on whose real
+    Under `torchrun` or `accelerate launch` each process trains on its part of the examples. work: a folder for checkpoints; an
+    interrupted training goes on from there (one process only). validation: examples on whose real
     generation the budget is calibrated (default: none, no calibration).
     """
     settings = settings or Settings(**fields)
@@ -228,13 +230,16 @@ def train(
     ).to(model.device)  # fmt: skip
     for p in model.parameters():
         p.requires_grad_(False)
-    batches = [prepare(model, processor, *pair, predictor) for pair in examples.batches(settings.batch)]
+    state = PartialState(cpu=not torch.cuda.is_available())
+    mine = Examples(list(examples)[state.process_index :: state.num_processes], examples.source, examples.problems)
+    batches = [prepare(model, processor, *pair, predictor) for pair in mine.batches(settings.batch)]
     if settings.distill:
         for b in batches:
             b.teacher = _unpruned(model, predictor, b)
     features = torch.cat([b.features[b.labels != IGNORE] for b in batches])
     start = settings.budget if settings.unit == "kept" else 0.5
     predictor.start_at(start, features)
+    _average([predictor.mean, predictor.deviation])
     trained = _descend(model, predictor, batches, settings, work, progress)
     if validation is not None:
         trained.history.append(calibrate(model, processor, predictor, validation, settings, progress=progress))
@@ -280,12 +285,13 @@ def _descend(model, predictor, batches: list[Prepared], settings: Settings, work
         loss = task + state["multiplier"] * excess + settings.firmness / 2 * excess**2
         optimizer.zero_grad()
         loss.backward()
-        _average_gradients(predictor)
+        excess = excess.detach()
+        _average([*(p.grad for p in predictor.parameters()), excess])
         norm = torch.nn.utils.clip_grad_norm_(predictor.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = settings.rate * (1 - 0.9 * done)
         optimizer.step()
-        state["multiplier"] += settings.firmness / 10 * float(excess.detach())
+        state["multiplier"] += settings.firmness / 10 * float(excess)
         share = (masks.detach().sum(-1) / prepared.image.sum(1)[:, None])[valid]
         state["history"].append({
             "step": step, "loss": float(loss.detach()), "task": float(task.detach()), "cost": float(spent.detach()),
@@ -307,12 +313,12 @@ def _task_loss(words: Tensor, prepared: Prepared, valid: Tensor) -> Tensor:
                     reduction="batchmean")  # fmt: skip
 
 
-def _average_gradients(predictor) -> None:
+def _average(tensors: list[Tensor]) -> None:
     """Under `torchrun` or `accelerate launch` every process trains on its part and steps with the mean gradient."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for p in predictor.parameters():
-            torch.distributed.all_reduce(p.grad)
-            p.grad /= torch.distributed.get_world_size()
+        for x in tensors:
+            torch.distributed.all_reduce(x)
+            x /= torch.distributed.get_world_size()
 
 
 def _save(path: Path, predictor, optimizer, state: dict, settings: Settings) -> None:

@@ -1,6 +1,10 @@
 """Each equation on numbers made by hand, and training that equals what is deployed."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -273,6 +277,50 @@ def test_training_on_pocket_resumes(tmp_path, monkeypatch):
     assert torch.allclose(whole.predictor.linear.weight, again.predictor.linear.weight, atol=1e-6)
     with pytest.raises(ValueError, match="other settings"):
         training.train(model, processor, examples, Settings(budget=0.4, steps=6), work=tmp_path / "b", progress=False)
+
+
+def test_two_processes_train_one_predictor(tmp_path):
+    script = tmp_path / "shared.py"
+    script.write_text(f"""
+import os
+import dyrate
+from dyrate import training
+examples = dyrate.examples("pocket", 8, tasks=["qa_colour"], split="train")
+found = training.train(*dyrate.load("pocket"), examples, budget=0.5, steps=5, batch=4, progress=False)
+found.predictor.save_pretrained("{tmp_path}/" + os.environ["RANK"])
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (DyRate.from_pretrained(tmp_path / rank).predictor.state_dict() for rank in "01")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert one["linear.weight"].abs().max() > 0
+
+
+def test_calibration_meets_the_budget_from_a_bad_start():
+    model, processor = dyrate.load("pocket")
+    check = dyrate.examples("pocket", 6, tasks=["qa_colour", "qa_place"], split="validation")
+    predictor = RatePredictor(6, 8, "llava")
+    predictor.start_at(0.9, torch.zeros(2, 24))
+    found = training.calibrate(model, processor, predictor, check, Settings(budget=0.33), progress=False)
+    assert abs(found["share"] - 0.33) <= 1 / 32
+    paths = training.trajectories(model, processor, DyRate.of(predictor), check)
+    assert sum(sum(p) / len(p) for p in paths.values()) / len(paths) == pytest.approx(found["share"])
+
+
+def test_failures_are_warned_about():
+    model, inputs = long_images(4)
+    predictor = RatePredictor(4, 5, "llava", n_rates=16)
+    batches = batches_of(model, inputs, predictor)
+    rising = [{"task": 0.1 + 0.01 * i} for i in range(60)]
+    (stagnant,) = training.warnings_of(predictor, batches, [], Settings(n_rates=16, budget=0.5))[:1]
+    assert "stagnate" in stagnant and "with_step" in stagnant
+    collapsed = training.warnings_of(predictor, batches, rising, Settings(n_rates=16, budget=0.5))
+    assert any("collapsed to 0.00" in w for w in collapsed) and any("loss rose" in w for w in collapsed)
+    torch.nn.init.normal_(predictor.linear.weight, std=20.0)
+    predictor.start_at(0.5, batches[0].features.flatten(0, 1))
+    assert not training.warnings_of(predictor, batches, [{"task": 0.1}] * 60, Settings(n_rates=16, budget=0.5))
 
 
 @pytest.mark.parametrize(("fields", "message"), [

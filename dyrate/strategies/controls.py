@@ -141,6 +141,30 @@ class WorstFirst(FastV):
 
 
 @dataclass(kw_only=True)
+class MaxHead(FastV):
+    """FastV's score with the most attentive head in place of the mean over heads."""
+
+    compared = False
+
+    def score(self, seen):
+        return seen.attention.amax(1)
+
+
+@dataclass(kw_only=True)
+class AllWords(FastV):
+    """FastV's score from every word of the instruction in place of the last token alone."""
+
+    compared = False
+
+    def score(self, seen):
+        rows, real = seen.instruction_attention
+        return (rows * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+
+    def selector_macs(self, shape, n_image, n_instruction):
+        return n_image * n_instruction * shape.width
+
+
+@dataclass(kw_only=True)
 class NoRoPE(FastV):
     """FastV's score without rotary positions, which favour the image's last rows (after FEATHER, arXiv:2412.13180)."""
 

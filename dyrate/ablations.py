@@ -1,0 +1,74 @@
+"""Ablations as data: a line of YAML names a strategy, its fields, how to decode or how to train, and becomes a row of a table.
+
+{group: decoding, label: beam-2, strategy: FastV, fields: {rate: 0.5}, generate: {num_beams: 2}}
+{group: number of rates, label: "8", train: {n_rates: 8, budget: 0.33}}
+{group: predictor, label: seed 1, predictor: data/pocket/dyrate/evict-0.33-seed1}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from dyrate import evaluate
+from dyrate.datasets import Examples
+from dyrate.metrics import bootstrap
+from dyrate.predictor import DyRate
+from dyrate.strategies import STRATEGIES
+from dyrate.strategy import Strategy
+from dyrate.training import Settings, train
+
+KEYS = {"group", "label", "strategy", "fields", "generate", "train", "predictor"}
+
+
+def check(lines: Sequence[dict]) -> None:
+    """Raises ValueError that names the first line that cannot be understood, before anything is run."""
+    for line in lines:
+        if unknown := set(line) - KEYS:
+            raise ValueError(f"ablation {line}: unknown {sorted(unknown)}; a line has {sorted(KEYS)}")
+        if "group" not in line or "label" not in line:
+            raise ValueError(f"ablation {line}: every line has a group and a label")
+        if len({"strategy", "train", "predictor"} & set(line)) != 1:
+            raise ValueError(f"ablation {line}: name one of strategy, predictor and train")
+        if "strategy" in line and line["strategy"] not in STRATEGIES:
+            raise ValueError(f"ablation {line}: no strategy is called {line['strategy']}; there are {sorted(STRATEGIES)}")
+
+
+def strategy_of(line: dict, model, processor, learn: Examples, validation: Examples, root: Path) -> Strategy:
+    """The strategy that a line means; where it says `train`, trained now."""
+    if "predictor" in line:
+        return DyRate.from_pretrained(root / line["predictor"])
+    if "train" in line:
+        return DyRate.of(train(model, processor, learn, Settings(**line["train"]), validation=validation).predictor)
+    return STRATEGIES[line["strategy"]](**line.get("fields", {}))
+
+
+def run(
+    model, processor, lines: Sequence[dict], examples: Examples, learn: Examples, validation: Examples, *, root: Path,
+    store: Path, max_new_tokens: int, batch_size: int, seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
+    """Answers under every line, scored: the rows of `evaluate.scored` with `group` and `label`. Sampling is seeded by `seed`."""
+    check(lines)
+    found = []
+    for line in lines:
+        strategy = strategy_of(line, model, processor, learn, validation, root)
+        rows = evaluate.run(
+            model, processor, {line["label"]: strategy}, examples, store, max_new_tokens=max_new_tokens, batch_size=batch_size,
+            seed=seed, **line.get("generate", {}),
+        )  # fmt: skip
+        found.append(evaluate.scored(rows, examples).assign(group=line["group"], label=line["label"]))
+    return pd.concat(found, ignore_index=True)
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row for each group, label and task: mean score with its interval, mean kept share, decoder multiply-accumulates."""
+    table = []
+    for (group, label, task), found in rows.groupby(["group", "label", "task"], sort=False):
+        score = bootstrap(found.score)
+        table.append(
+            {"group": group, "label": label, "task": task, **score, "kept": found.kept.mean(),
+             "macs": (found.prefill + found.decode).mean(), "tokens": found.tokens.mean()}
+        )  # fmt: skip
+    return pd.DataFrame(table)
