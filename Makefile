@@ -1,5 +1,6 @@
 # make book      measure with the profile and build the book into book/_build/html
 # make test      run the tests
+# make bench     time strategies against the limit; make predictors: train DyRate's predictors for the pocket LLaVA
 # make pocket    train the pocket LLaVA anew (GPU: minutes, two cores: hours; resumes where it stopped)
 # The default Python makes a virtual environment in .venv; PROFILE names a parameter file in analysis/params.
 PROFILE ?= pocket
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python
 
-.PHONY: book study html test lint check-results quality pocket clean
+.PHONY: book study html test check-results bench predictors quality pocket clean
 .DELETE_ON_ERROR:
 
 book: study html
@@ -32,6 +33,14 @@ test: .venv/installed
 
 check-results: .venv/installed
 	$(RUN) analysis/run.py --profile pocket --check
+
+bench: .venv/installed
+	$(RUN) -m dyrate.bench prune --out data/results/pocket/bench.json
+
+predictors: .venv/installed
+	for seed in 0 1 2 3 4; do $(RUN) -m dyrate.training --budget 0.33 --seed $$seed --out data/pocket/dyrate/evict-0.33-seed$$seed || exit 1; done
+	for budget in 0.25 0.5 0.75; do $(RUN) -m dyrate.training --budget $$budget --out data/pocket/dyrate/evict-$$budget-seed0 || exit 1; done
+	$(RUN) -m dyrate.training --budget 0.33 --residency hide --out data/pocket/dyrate/hide-0.33-seed0
 
 quality: .venv/installed
 	$(RUN) -m dyrate.pocket.quality

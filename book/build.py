@@ -94,7 +94,7 @@ def what_was_found(made: list) -> str:
     """Each chapter's question and the finding that its run computed."""
     rows = ["| chapter | found |", "|---|---|"]
     for name, heading, content in made:
-        finding = next((text for key, text in content["texts"].items() if key.endswith("finding")), "")
+        finding = next((text for key, text in content.get("texts", {}).items() if key.endswith("finding")), "")
         rows.append(f"| [{heading}](analysis/{name}.ipynb) | {finding.replace('|', '/')} |")
     return "\n".join(rows) + "\n"
 

@@ -1,0 +1,100 @@
+"""What chapters lean on: ablations written as YAML, and the figure to play with, tried in a browser."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import dyrate
+from dyrate import ablations
+from dyrate.dynamics import controls, explained, sentence, verdicts
+from dyrate.predictor import DyRate, RatePredictor
+from dyrate.slider import kept_slider
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def test_the_extend_pages_ablations_run_as_written(tmp_path):
+    text = Path("book/extend.md").read_text()
+    lines = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.S).group(1))["04_ablations"]["ablations"]
+    ablations.check(lines)
+    model, processor = dyrate.load("pocket")
+    examples = dyrate.examples("pocket", 2, tasks=["qa_colour"])
+    quick = [line for line in lines if "train" not in line]
+    rows = ablations.run(model, processor, quick, examples, examples, examples, root=Path(), store=tmp_path, max_new_tokens=6,
+                         batch_size=2)  # fmt: skip
+    table = ablations.summary(rows)
+    assert list(table.label) == [line["label"] for line in quick]
+    assert table.kept[1] > table.kept[0]  # the slower annealing keeps more
+    assert rows[rows.group == "beams"].score.notna().all()
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ({"label": "x", "strategy": "FastV"}, "a group and a label"),
+    ({"group": "a", "label": "x"}, "one of strategy, predictor and train"),
+    ({"group": "a", "label": "x", "strategy": "FastW"}, "no strategy is called FastW"),
+    ({"group": "a", "label": "x", "strategy": "FastV", "feilds": {}}, "unknown \\['feilds'\\]"),
+])  # fmt: skip
+def test_a_bad_ablation_is_named_before_anything_runs(line, message):
+    with pytest.raises(ValueError, match=message):
+        ablations.check([line])
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser")
+def test_the_slider_shows_what_is_left(tmp_path):
+    masks = np.zeros((3, 16), bool)
+    masks[0], masks[1, :8], masks[2, :3] = True, True, True
+    figure = kept_slider("kept", Image.new("RGB", (32, 32), "red"), masks, ["a", "</script>", "cat"]).data
+    move = "<script>const r = document.querySelector('input'); r.value = 2; r.dispatchEvent(new Event('input'));</script>"
+    (tmp_path / "page.html").write_text(f"<!doctype html><body>{figure}{move}</body>")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/browser",
+               "--virtual-time-budget=3000", "--dump-dom", f"file://{tmp_path}/page.html"]  # fmt: skip
+    page = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert 'data-left="3"' in page
+    assert "word 2: 3 of 16 image tokens left" in page
+    assert re.search(r'<span style="font-weight: bold; opacity: 1;">cat ', page)
+    assert "http" not in figure.replace("http-equiv", "")
+
+
+def frame(paths):
+    import pandas as pd
+
+    rows = [
+        {"strategy": "DyRate 0", "sample": f"s{i}", "task": "abc"[i], "step": t, "kept": share}
+        for i, path in enumerate(paths) for t, share in enumerate(path)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_controls_have_the_predictors_budget():
+    paths = frame([[1.0, 0.5, 0.0], [0.8, 0.4, 0.3], [0.5, 0.5, 0.5]])
+    like = DyRate.of(RatePredictor(6, 8, "llava"))
+    made = controls(paths, like, 8, oracle=True)
+    assert made["constant"].rate == pytest.approx(0.5)
+    assert made["mean trajectory"].rates == pytest.approx((1 - 2.3 / 3, 1 - 1.4 / 3, 1 - 0.8 / 3))
+    assert made["constant by task"].rates == pytest.approx({"a": 0.5, "b": 0.5, "c": 0.5})
+    assert len(made["others' rates"].rates) == 3
+    assert (made["annealing"].start + made["annealing"].end) / 2 == pytest.approx(0.5)
+    assert explained(paths)["task"] == pytest.approx(0, abs=1e-12) and 0.4 < explained(paths)["step"] < 0.9
+
+
+def test_verdicts_are_paired_and_said_plainly():
+    import pandas as pd
+
+    score = {"Full": 1.0, "constant": 0.5, "mean trajectory": 0.7, "annealing": 0.6, "DyRate 0": 0.6, "DyRate 1": 0.8}
+    rows = [
+        {"strategy": s, "sample": f"{task}{i}", "task": task, "score": v + 0.01 * i}
+        for s, v in score.items() for task in ("description", "caption") for i in range(8)
+    ]  # fmt: skip
+    found = verdicts(pd.DataFrame(rows), ["DyRate 0", "DyRate 1"], ["description", "caption"])
+    value = found[found.task == "all but captions"].set_index("question").value
+    assert value["a schedule against a constant"] == pytest.approx(0.2)
+    assert value["adapting against its mean schedule"] == pytest.approx(0.0, abs=1e-12)
+    assert value["learning against annealing"] == pytest.approx(0.1)
+    said = sentence(found)
+    assert "a schedule beats a constant rate (+0.200" in said and "learning beats a straight line" in said
