@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -228,8 +229,6 @@ def train(
         first_pruned_layer=settings.first_pruned_layer, residency=settings.residency, with_step=settings.with_step,
         about={"settings": asdict(settings), "examples": examples.source},
     ).to(model.device)  # fmt: skip
-    for p in model.parameters():
-        p.requires_grad_(False)
     state = PartialState(cpu=not torch.cuda.is_available())
     mine = Examples(list(examples)[state.process_index :: state.num_processes], examples.source, examples.problems)
     batches = [prepare(model, processor, *pair, predictor) for pair in mine.batches(settings.batch)]
@@ -240,12 +239,26 @@ def train(
     start = settings.budget if settings.unit == "kept" else 0.5
     predictor.start_at(start, features)
     _average([predictor.mean, predictor.deviation])
-    trained = _descend(model, predictor, batches, settings, work, progress)
+    with frozen(model):
+        trained = _descend(model, predictor, batches, settings, work, progress)
     if validation is not None:
         trained.history.append(calibrate(model, processor, predictor, validation, settings, progress=progress))
     predictor.about["history"] = trained.history[-1:]
     trained.warnings += warnings_of(predictor, batches, trained.history, settings)
     return trained
+
+
+@contextmanager
+def frozen(model):
+    """No gradient for the base model inside; afterwards each parameter is as it was."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for p in wanted:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in wanted:
+            p.requires_grad_(True)
 
 
 @torch.no_grad()

@@ -174,17 +174,14 @@ def test_gradients_reach_every_row_and_no_base_weight(family, residency):
     predictor = random_predictor(model, residency)
     torch.nn.init.normal_(predictor.linear.weight, std=0.1)
     prepared = prepare_tokens(model, inputs, ANSWERS, predictor)
-    for p in model.parameters():
-        p.requires_grad_(False)
     noise = gumbel_noise((2, 6, 8), torch.Generator().manual_seed(0))
     masks = masks_over_steps(gumbel_one_hot(predictor(prepared.features), noise, 1.0), prepared, predictor.rates, residency)
-    words = pruned_logits(model, predictor, prepared, masks, checkpointing=True)
-    valid = prepared.labels != IGNORE
-    torch.nn.functional.cross_entropy(words[valid], prepared.labels[valid]).backward()
+    with training.frozen(model):
+        words = pruned_logits(model, predictor, prepared, masks, checkpointing=True)
+        valid = prepared.labels != IGNORE
+        torch.nn.functional.cross_entropy(words[valid], prepared.labels[valid]).backward()
     assert (predictor.linear.weight.grad.abs().sum(1) > 0).all() and (predictor.linear.bias.grad != 0).all()
-    assert all(p.grad is None for p in model.parameters())
-    for p in model.parameters():
-        p.requires_grad_(True)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
 def batches_of(model, inputs, predictor):
