@@ -41,7 +41,7 @@ class Config:
     tower_steps: int = 1700
     tower_batch: int = 64
     tower_rate: float = 2e-3
-    language_steps: int = 5000
+    language_steps: int = 2700
     language_batch: int = 24
     language_rate: float = 1.5e-3
     questions: int = 12  # turns of questions for each picture
