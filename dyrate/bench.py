@@ -160,7 +160,7 @@ def prune(given) -> None:
         ways = {"plain": (n, None), "strategy": (n, strategy)} | ({"limit": (kept, None)} if rate else {})
         for way in ways.values():
             timed(model, way[0], batch, min(4, new_tokens), way[1], given.side)
-        for _ in range(given.repeats):
+        for _ in range(given.repeats * (3 if batch == 1 else 1)):  # short runs are noisier
             for key, (tokens, how) in ways.items():
                 runs[key].append(timed(model, tokens, batch, new_tokens, how, given.side))
         column = 0 if "prefill" in name else 1
