@@ -355,7 +355,10 @@ def loss_by_share(constant: pd.DataFrame, learned: pd.DataFrame) -> Figure:
 
 
 def forest(rows: pd.DataFrame, xlabel: str) -> Figure:
-    """Differences with their intervals: one panel a question, one line a task; zero is no difference."""
+    """Differences with their intervals: one panel a question, one line a task; zero is no difference. CIDEr is drawn / 10."""
+    scale = np.where(rows.task == "caption", 0.1, 1.0)
+    rows = rows.assign(**{k: rows[k] * scale for k in ("value", "low", "high")})
+    rows["task"] = rows.task.replace("caption", "caption / 10")
     questions = list(dict.fromkeys(rows.question))
     figure, axes = _axes(9.8, 0.8 + 0.34 * rows.task.nunique(), len(questions), sharey=True)
     for axis, question in zip(np.atleast_1d(axes), questions, strict=True):
