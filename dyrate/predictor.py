@@ -78,7 +78,7 @@ def query_bias(
     return bias.masked_fill(itself, 0).masked_fill(hidden, torch.finfo(bias.dtype).min)[:, None]
 
 
-class RatePredictor(nn.Module, PyTorchModelHubMixin):
+class RatePredictor(nn.Module, PyTorchModelHubMixin, paper_url="https://arxiv.org/abs/2501.14204", license="mit"):
     """Eq. 2: pi = softmax(C(v)), C linear, v the per-head shares of the four segments in the observed layers.
 
     heads, n_layers, family: of the model that it was trained for. with_step: the step number is one more feature.
