@@ -185,8 +185,7 @@ def kept_by_word(
             mask = kept[i, : len(ids), : trace.n_image[i]]
             shown = np.ones(mask.shape[1], bool)
             if example.scene is not None:
-                picture = render(example.scene)
-                shown = (picture.cover.any(0) | picture.word_cover).flatten()
+                shown = render(example.scene).shown
             side = round(mask.shape[1] ** 0.5)
             rows = np.arange(mask.shape[1]) // side
             found.append({

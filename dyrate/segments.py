@@ -25,6 +25,12 @@ class Segments:
         """True where a position belongs to `segment`."""
         return self.kind == SEGMENTS.index(segment)
 
+    def positions(self, segment: str) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
+        """Where each row's tokens of `segment` stand, ascending, and which entries are real: rows with fewer are filled up."""
+        member = self.mask(segment)
+        order = (~member).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(member.sum(1).max())]
+        return order, member.gather(1, order)
+
     def counts(self) -> Int[Tensor, "batch 4"]:
         """Tokens of each segment; the response is still empty."""
         return torch.stack([self.mask(segment).sum(1) for segment in SEGMENTS], 1)

@@ -105,9 +105,7 @@ class Seen:
     @cached_property
     def _instruction(self) -> tuple[Tensor, Tensor]:
         """Positions of the instruction tokens in the prompt, (batch, text), and which are real."""
-        text = self.segments.mask("instruction")
-        order = (~text).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(text.sum(1).max())]
-        return order, text.gather(1, order)
+        return self.segments.positions("instruction")
 
     @property
     def _looked(self) -> Look:
@@ -192,6 +190,8 @@ class Strategy:
             raise ValueError(f'residency is "evict" or "hide", not {self.residency!r}')
         if self.first_pruned_layer < 0:
             raise ValueError(f"first_pruned_layer counts from 0; {self.first_pruned_layer} is no layer")
+        if hasattr(self, "rate"):
+            rate_field("rate", self.rate)
 
 
 def lineup(shares: Sequence[float], n_layers: int, names: Sequence[str] = ()) -> dict[str, Strategy]:

@@ -130,14 +130,12 @@ def prepare_tokens(model, inputs: dict, answers: list[list[int]], predictor: Rat
     if "mm_token_type_ids" in inputs:
         inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(said)], 1)
     segments = find_segments(prompt, model.config.image_token_id, mask, system)
-    image = segments.mask("image")
-    positions = (~image).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(image.sum(1).max())]
+    positions, valid = segments.positions("image")
     first = predictor.first_pruned_layer
     hidden, rotary, looks = lower_half(model, inputs, first, sorted({first - 1, *predictor.observed_layers}))
     queries = torch.arange(n_prompt - 1, n_prompt - 1 + steps, device=prompt.device).expand(len(prompt), -1)
     rows = {layer: look.rows(queries) for layer, look in looks.items()}  # (batch, head, step, key)
     index = positions[:, None].expand(-1, steps, -1)
-    valid = image.gather(1, positions)
     score = rows[first - 1].mean(1).gather(2, index) * valid[:, None]
     shares = [segment_shares_of(rows[layer], segments) for layer in predictor.observed_layers]
     features = predictor.features(shares, torch.arange(steps, device=prompt.device))

@@ -34,10 +34,10 @@ def _llava():
     return LlavaForConditionalGeneration(config), 16, lambda rows: {"pixel_values": torch.randn(rows, 3, 16, 16)}
 
 
-def _qwen():
-    vision = dict(depth=2, embed_dim=32, num_heads=4, patch_size=4, spatial_merge_size=2, hidden_size=32, mlp_ratio=2)
+def _of_qwen(config_class, model_class, vision):
+    """Both Qwen families: 3-D rotary positions, and patches flattened over all images."""
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2]}
-    config = Qwen2VLConfig(
+    config = config_class(
         text_config={**TEXT, "rope_scaling": rope, "rope_parameters": {**rope, "rope_theta": 10000.0}},
         vision_config=vision, image_token_id=IMAGE, video_token_id=61, vision_start_token_id=58, vision_end_token_id=59,
     )  # fmt: skip
@@ -46,7 +46,12 @@ def _qwen():
         grid = torch.tensor([[1, 8, 8]] * rows)
         return {"pixel_values": torch.randn(64 * rows, 3 * 2 * 16), "image_grid_thw": grid}
 
-    return Qwen2VLForConditionalGeneration(config), 16, images
+    return model_class(config), 16, images
+
+
+def _qwen():
+    vision = dict(depth=2, embed_dim=32, num_heads=4, patch_size=4, spatial_merge_size=2, hidden_size=32, mlp_ratio=2)
+    return _of_qwen(Qwen2VLConfig, Qwen2VLForConditionalGeneration, vision)
 
 
 def _idefics():
@@ -75,17 +80,7 @@ def _qwen_2_5():
         depth=2, hidden_size=32, num_heads=4, patch_size=4, spatial_merge_size=2, out_hidden_size=32, intermediate_size=48,
         window_size=16, fullatt_block_indexes=[1],
     )  # fmt: skip
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2]}
-    config = Qwen2_5_VLConfig(
-        text_config={**TEXT, "rope_scaling": rope, "rope_parameters": {**rope, "rope_theta": 10000.0}},
-        vision_config=vision, image_token_id=IMAGE, video_token_id=61, vision_start_token_id=58, vision_end_token_id=59,
-    )  # fmt: skip
-
-    def images(rows):
-        grid = torch.tensor([[1, 8, 8]] * rows)
-        return {"pixel_values": torch.randn(64 * rows, 3 * 2 * 16), "image_grid_thw": grid}
-
-    return Qwen2_5_VLForConditionalGeneration(config), 16, images
+    return _of_qwen(Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, vision)
 
 
 def _smolvlm():

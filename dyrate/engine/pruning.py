@@ -154,13 +154,12 @@ class _Pruning:
         self.segments = find_segments(ids, self.image_token_id, real, self.system)
         image = self.segments.mask("image")
         self.n_image, self.n_real = image.sum(1).tolist(), real.sum(1).tolist()
-        order = (~image).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(self.n_image)]
-        self.positions, self.image = order, image.gather(1, order)
+        self.positions, self.image = self.segments.positions("image")
         self.real = real.bool()
         self.start = _Group(0, 0, kept=self.image, counts=list(self.n_image))
         for group in self.groups:
             group.inherit(self.start)
-        self.prompt, self.step = ids.shape[1], -1
+        self.step = -1
         self.trace.n_image, self.trace.steps = list(self.n_image), []
         self.trace.n_instruction = self.segments.mask("instruction").sum(1).tolist()
         self.projections.clear()
@@ -240,8 +239,7 @@ class _Pruning:
 
     def _prefill(self, group: _Group, hidden: Tensor, kwargs: dict) -> Tensor:
         """Decide, and take the tokens that stay out of the hidden states."""
-        at = self.groups.index(group)
-        before = self.groups[at - 1] if at else self.start
+        before = self._before(group)
         group.inherit(before)
         seen = self._seen(group, before, hidden)
         kept, counts = self._choose(seen, group)
@@ -257,13 +255,9 @@ class _Pruning:
             group.alive = self._alive(group)
             self.mask = self._hide_mask(group, hidden)
             return hidden
-        alive = self._alive(group)
-        index = self._slots_of_alive(alive, counts)
-        columns = group.columns
-        group.columns = index if columns is None else columns.gather(1, index)
-        group.alive = alive.gather(1, index)
-        group.whole = len(set(self._n_alive(counts))) == 1
-        rotary = kwargs["position_embeddings"] if columns is None else self.rotary
+        rotary = kwargs["position_embeddings"] if group.columns is None else self.rotary
+        group.alive = self._alive(group)
+        index = self._leave_dead(group)
         self.rotary = tuple(take(x.to(hidden.device), index) for x in rotary)
         hidden = take(hidden, index)
         self.mask = self._prefill_mask(group, hidden)
@@ -271,9 +265,7 @@ class _Pruning:
 
     def _decode(self, group: _Group, cache) -> None:
         """Decide, mark what is dropped, and free its memory when enough has gathered."""
-        at = self.groups.index(group)
-        before = self.groups[at - 1] if at else self.start
-        kept, counts = self._choose(self._seen(group, before), group)
+        kept, counts = self._choose(self._seen(group, self._before(group)), group)
         if kept is group.kept:
             return
         group.kept, group.counts = kept, counts
@@ -285,18 +277,33 @@ class _Pruning:
             self._compact(group, cache)
 
     def _compact(self, group: _Group, cache) -> None:
-        index = self._slots_of_alive(group.alive, group.counts)
-        slots, n = group.alive.shape[1], index.shape[1]
-        group.columns = index if group.columns is None else group.columns.gather(1, index)
-        group.alive = group.alive.gather(1, index)
-        group.whole = len(set(self._n_alive(group.counts))) == 1
+        slots = group.alive.shape[1]
+        index = self._leave_dead(group)
+        n = index.shape[1]
         answer = cache.layers[group.first].keys.shape[2] - slots
         index = torch.cat([index, (slots + torch.arange(answer, device=index.device)).expand(len(index), -1)], 1)
         for layer in cache.layers[group.first : group.last]:
             layer.keys, layer.values = (take_cached(x, index.to(x.device)) for x in (layer.keys, layer.values))
             layer.evicted += slots - n
 
+    def _leave_dead(self, group: _Group) -> Int[Tensor, "batch n"]:
+        """The group shrinks to the slots that may be seen; returns which those are, ascending.
+
+        Rows with less than others are filled up with dead slots.
+        """
+        n_alive = self._n_alive(group.counts)
+        index = (~group.alive).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(n_alive)].sort(1).values
+        group.columns = index if group.columns is None else group.columns.gather(1, index)
+        group.alive = group.alive.gather(1, index)
+        group.whole = len(set(n_alive)) == 1
+        return index
+
     # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def _before(self, group: _Group) -> _Group:
+        """The group of the layers below; at first the whole prompt."""
+        at = self.groups.index(group)
+        return self.groups[at - 1] if at else self.start
 
     def _seen(self, group: _Group, before: _Group, hidden: Tensor | None = None) -> Seen:
         candidates = self.image if self.strategy.residency == "hide" else group.kept
@@ -345,11 +352,6 @@ class _Pruning:
         alive = self.real & ~self.segments.mask("image")
         alive |= torch.zeros_like(alive).scatter(1, self.positions, group.kept & self.image)
         return alive if group.columns is None else alive.gather(1, group.columns)
-
-    def _slots_of_alive(self, alive: Bool[Tensor, "batch slot"], counts: list[int]) -> Int[Tensor, "batch n"]:
-        """Slots of what may be seen, ascending; rows with less than others are filled up with dead slots."""
-        order = (~alive).to(torch.uint8).argsort(dim=1, stable=True)
-        return order[:, : max(self._n_alive(counts))].sort(1).values
 
     def _prefill_mask(self, group: _Group, hidden: Tensor) -> Tensor | None:
         if group.whole:

@@ -92,6 +92,11 @@ class Picture:
     cover: np.ndarray
     word_cover: np.ndarray
 
+    @property
+    def shown(self) -> np.ndarray:
+        """The patches, in raster order (144,), that show a group or the word."""
+        return (self.cover.any(0) | self.word_cover).flatten()
+
 
 def seeds(split: str, n: int, start: int = 0) -> range:
     """The seeds of `n` scenes of a split ("train", "validation" or "test")."""

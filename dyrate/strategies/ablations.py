@@ -26,7 +26,6 @@ class DepthPrune(Strategy):
     each_step = False
 
     def __post_init__(self):
-        rate_field("rate", self.rate)
         rate_field("deepest", self.deepest)
         if self.deepest < self.rate:
             raise ValueError(f"deepest ({self.deepest}) is below rate ({self.rate}), but dropped tokens cannot return")

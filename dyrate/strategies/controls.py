@@ -245,10 +245,7 @@ class Oracle(FastV):
 
         if any(e.scene is None for e in examples):
             raise ValueError("Oracle needs to know what an image shows: use it on pocket scenes")
-        self.masks = []
-        for example in examples:
-            picture = render(example.scene)
-            self.masks.append(torch.from_numpy(picture.cover.any(0) | picture.word_cover).flatten())
+        self.masks = [torch.from_numpy(render(e.scene).shown) for e in examples]
 
     def score(self, seen):
         shown = torch.stack(_by_row(self.masks, len(seen.image))).to(seen.image.device)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dyrate.strategy import Strategy, rate_field
+from dyrate.strategy import Strategy
 
 
 @dataclass(kw_only=True)
@@ -15,10 +15,6 @@ class DyCoke(Strategy):
     first_pruned_layer: int = 3
     residency: str = "hide"
     rate: float = 0.7
-
-    def __post_init__(self):
-        rate_field("rate", self.rate)
-        super().__post_init__()
 
     def keep(self, seen):
         return 1 - self.rate if seen.step else 1.0

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dyrate.strategy import Strategy, rate_field
+from dyrate.strategy import Strategy
 
 
 @dataclass(kw_only=True)
@@ -11,10 +11,6 @@ class FastV(Strategy):
 
     rate: float = 0.5
     each_step = False
-
-    def __post_init__(self):
-        rate_field("rate", self.rate)
-        super().__post_init__()
 
     def keep(self, seen):
         return 1 - self.rate

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from dyrate.strategy import Strategy, choose, kept_count, rate_field
+from dyrate.strategy import Strategy, choose, kept_count
 
 
 @dataclass(kw_only=True)
@@ -21,10 +21,6 @@ class VisionZip(Strategy):
     first_pruned_layer: int = 0
     each_step = False
     needs = frozenset({"vision"})
-
-    def __post_init__(self):
-        rate_field("rate", self.rate)
-        super().__post_init__()
 
     def stages(self, n_layers):
         return (0,)
