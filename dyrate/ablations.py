@@ -7,7 +7,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +19,7 @@ import pandas as pd
 from dyrate import evaluate
 from dyrate.datasets import Examples
 from dyrate.metrics import bootstrap
+from dyrate.models import describe
 from dyrate.predictor import DyRate
 from dyrate.strategies import STRATEGIES
 from dyrate.strategy import Strategy
@@ -36,24 +41,37 @@ def check(lines: Sequence[dict]) -> None:
             raise ValueError(f"ablation {line}: no strategy is called {line['strategy']}; there are {sorted(STRATEGIES)}")
 
 
-def strategy_of(line: dict, model, processor, learn: Examples, validation: Examples, root: Path) -> Strategy:
-    """The strategy that a line means; where it says `train`, trained now."""
+def strategy_of(line: dict, model, processor, learn: Examples, validation: Examples, root: Path, trained: Path) -> Strategy:
+    """The strategy that a line means; where it says `train`, the predictor in `trained`, or one trained now and stored there."""
     if "predictor" in line:
         return DyRate.from_pretrained(root / line["predictor"])
-    if "train" in line:
-        return DyRate.of(train(model, processor, learn, Settings(**line["train"]), validation=validation).predictor)
-    return STRATEGIES[line["strategy"]](**line.get("fields", {}))
+    if "train" not in line:
+        return STRATEGIES[line["strategy"]](**line.get("fields", {}))
+    settings = Settings(**line["train"])
+    about = {k: v for k, v in describe(model).items() if k in ("family", "parameters", "layers", "heads")}
+    asked = {"settings": asdict(settings), "model": about, "examples": [e.name for e in (*learn, *validation)]}
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+    folder = trained / re.sub(r"[^a-z0-9.]+", "-", f"{line['group']} {line['label']} {key}".lower())
+    if not folder.exists():
+        predictor = train(model, processor, learn, settings, validation=validation).predictor
+        part = folder.with_name(folder.name + ".part")
+        predictor.save_pretrained(part)
+        part.replace(folder)
+    return DyRate.from_pretrained(folder)
 
 
 def run(
     model, processor, lines: Sequence[dict], examples: Examples, learn: Examples, validation: Examples, *, root: Path,
-    store: Path, max_new_tokens: int, batch_size: int, seed: int = 0,
+    trained: Path, store: Path, max_new_tokens: int, batch_size: int, seed: int = 0,
 ) -> pd.DataFrame:  # fmt: skip
-    """Answers under every line, scored: the rows of `evaluate.scored` with `group` and `label`. Sampling is seeded by `seed`."""
+    """Answers under every line, scored: the rows of `evaluate.scored` with `group` and `label`. Sampling is seeded by `seed`.
+
+    trained: folder of predictors that earlier runs trained for such lines.
+    """
     check(lines)
     found = []
     for line in lines:
-        strategy = strategy_of(line, model, processor, learn, validation, root)
+        strategy = strategy_of(line, model, processor, learn, validation, root, trained)
         rows = evaluate.run(
             model, processor, {line["label"]: strategy}, examples, store, max_new_tokens=max_new_tokens, batch_size=batch_size,
             seed=seed, **line.get("generate", {}),

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from dyrate import evaluate
+from dyrate.budget import trajectories
+from dyrate.datasets import Examples
 from dyrate.metrics import bootstrap
 from dyrate.predictor import DyRate
 from dyrate.strategies import STRATEGIES
 from dyrate.strategy import Strategy
-from dyrate.training import trajectories
 
 QUESTIONS = {
     "a schedule against a constant": ("mean trajectory", "constant"),
     "adapting against its mean schedule": ("DyRate", "mean trajectory"),
     "learning against annealing": ("DyRate", "annealing"),
     "DyRate against a constant": ("DyRate", "constant"),
+    "DyRate against a constant of the task": ("DyRate", "constant by task"),
 }
+ASKED = tuple(QUESTIONS)[:3]  # what the chapter is about; the others are whole comparisons
+
+
+def seeds(folder: Path, prefix: str) -> dict[str, DyRate]:
+    """The predictors in folders that begin with `prefix`. Raises FileNotFoundError that says how to train one."""
+    found = {f"DyRate {path.name.removeprefix(prefix)}": path for path in sorted(folder.glob(f"{prefix}*"))}
+    if not found:
+        raise FileNotFoundError(f"no predictor {folder}/{prefix}*: train one with `python -m dyrate.training --out ...`")
+    return {label: DyRate.from_pretrained(path) for label, path in found.items()}
 
 
 def kept_paths(model, processor, learned: dict[str, DyRate], examples, max_new_tokens: int) -> pd.DataFrame:
@@ -63,6 +76,24 @@ def controls(paths: pd.DataFrame, like: DyRate, n_layers: int, oracle: bool) -> 
     return found
 
 
+def measure(
+    model, processor, learned: dict[str, DyRate], check: Examples, examples: Examples, store: Path, *, max_new_tokens: int,
+    batch_size: int, only: Sequence[str] | None = None,
+) -> tuple[pd.DataFrame, dict[str, Strategy], pd.DataFrame]:  # fmt: skip
+    """Predictors and the controls made from their rates on `check`: paths, controls, and scored answers to `examples`.
+
+    only: which controls; default all.
+    """
+    paths = kept_paths(model, processor, learned, check, max_new_tokens)
+    n_layers = model.config.get_text_config().num_hidden_layers
+    made = controls(paths, next(iter(learned.values())), n_layers, oracle=examples[0].scene is not None)
+    made = {name: strategy for name, strategy in made.items() if only is None or name in only}
+    answered = evaluate.run(
+        model, processor, {**learned, **made}, examples, store, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+    return paths, made, evaluate.scored(answered, examples)
+
+
 def schedules(paths: pd.DataFrame, strategies: dict[str, Strategy]) -> pd.DataFrame:
     """Mean kept share by step of each predictor and of the controls that depend on the step alone."""
     rows = [paths.groupby(["strategy", "step"], sort=False).kept.mean().reset_index()]
@@ -97,12 +128,67 @@ def verdicts(scored: pd.DataFrame, learned: Sequence[str], tasks: Sequence[str])
     mean = scored.assign(group=group).groupby(["group", "task", "sample"], sort=False).score.mean()
     rows = []
     for question, (one, other) in QUESTIONS.items():
+        if not {one, other} <= set(group):
+            continue
         difference = (mean[one] - mean[other]).dropna()
         rows += [{"question": question, "task": task} | bootstrap(difference[task]) for task in tasks]
         shared = [difference[task] for task in tasks if task != "caption"]
         if shared:
             rows.append({"question": question, "task": "all but captions"} | bootstrap(pd.concat(shared)))
     return pd.DataFrame(rows)
+
+
+def by_length(scored: pd.DataFrame, task: str, reference: str = "Full") -> dict[str, pd.DataFrame]:
+    """The rows of a task in two halves: samples whose unpruned answer is short, and long, by the median number of tokens."""
+    rows = scored[scored.task == task]
+    tokens = rows[rows.strategy == reference].set_index("sample").tokens
+    short = set(tokens.index[tokens <= tokens.median()])
+    name = task.replace("_", " ")
+    return {f"short {name}s": rows[rows["sample"].isin(short)], f"long {name}s": rows[~rows["sample"].isin(short)]}
+
+
+def conditions(measured: dict[str, tuple[pd.DataFrame, Sequence[str]]]) -> pd.DataFrame:
+    """The questions under each condition, over all tasks but captions: rows of `verdicts` whose task names the condition.
+
+    measured: scored rows and the labels of the predictors' seeds, by condition.
+    """
+    rows = []
+    for condition, (scored, learned) in measured.items():
+        found = verdicts(scored, learned, list(dict.fromkeys(scored.task)))
+        rows.append(_pooled(found).assign(task=condition))
+    return pd.concat(rows, ignore_index=True)
+
+
+def _pooled(found: pd.DataFrame) -> pd.DataFrame:
+    """Of verdicts, those over all tasks; of captions alone, theirs."""
+    return found[found.task == ("all but captions" if "all but captions" in set(found.task) else found.task.iloc[0])]
+
+
+def bars(found: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:
+    """DyRate against constants on the tasks that a bar was set for: missed where the whole interval is below zero."""
+    rows = found[found.question.str.startswith("DyRate") & found.task.isin(tasks)]
+    said = ["missed" if high < 0 else "met, better" if low > 0 else "met" for low, high in zip(rows.low, rows.high, strict=True)]
+    return rows[["question", "task", "value", "low", "high", "n"]].assign(bar=said)
+
+
+def by_seed(scored: pd.DataFrame, learned: Sequence[str]) -> pd.DataFrame:
+    """Mean score (all tasks but captions, if there are others) and mean kept share of each predictor."""
+    rows = scored[scored.strategy.isin(list(learned))]
+    others = rows[rows.task != "caption"]
+    score = (others if len(others) else rows).groupby("strategy").score.mean()
+    return pd.DataFrame({"score": score, "kept": rows.groupby("strategy").kept.mean()})
+
+
+def helps(found: pd.DataFrame, question: str) -> str:
+    """Where the interval of a question lies above zero, below it, or on both sides, in words."""
+    rows = found[found.question == question]
+    sides = {
+        "helps": rows[rows.low > 0],
+        "harms": rows[rows.high < 0],
+        "cannot be told": rows[(rows.low <= 0) & (rows.high >= 0)],
+    }
+    said = [f"{side} with {', '.join(part.task.str.replace('_', ' '))}" for side, part in sides.items() if len(part)]
+    return "; ".join(said)
 
 
 def sentence(found: pd.DataFrame) -> str:
@@ -112,7 +198,7 @@ def sentence(found: pd.DataFrame) -> str:
         "adapting against its mean schedule": ("adapting to the input", "one schedule for all"),
         "learning against annealing": ("learning", "a straight line"),
     }
-    pooled = found[found.task == ("all but captions" if "all but captions" in set(found.task) else found.task.iloc[0])]
+    pooled = _pooled(found)
     said = []
     for question, (one, other) in words.items():
         row = pooled[pooled.question == question].iloc[0]

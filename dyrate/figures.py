@@ -306,6 +306,31 @@ def training_curves(history: pd.DataFrame) -> Figure:
     return figure
 
 
+def signs_of_failure(rows: pd.DataFrame) -> Figure:
+    """One panel a sign: what was measured at each budget, and, shaded, where it warns."""
+    names = list(dict.fromkeys(rows.sign))
+    lines = -(-len(names) // 4)
+    figure = Figure(figsize=(10.2, 2.2 * lines))
+    axes = figure.subplots(lines, 4, squeeze=False).flatten()
+    for axis, name in zip(axes, names, strict=False):
+        found = rows[rows.sign == name]
+        x = np.arange(len(found))
+        axis.scatter(x, found.measured, c=np.where(found.warns, "#D55E00", "#0072B2"), zorder=3)
+        limit = found.limit.iloc[0]
+        ends = [0, *found.measured, *found.limit.dropna()]
+        low, high = min(ends), max(ends)
+        edge = 0.12 * (high - low) or 1
+        if pd.notna(limit):
+            axis.axhline(limit, color="#D55E00", linewidth=0.8)
+            axis.axhspan(limit, high + edge if found.above.iloc[0] else low - edge, color="#D55E00", alpha=0.12, linewidth=0)
+        axis.set_xticks(x, [f"{b:g}" for b in found.budget])
+        axis.set(title=name, xlabel="budget", xlim=(-0.5, len(found) - 0.5), ylim=(low - edge, high + edge))
+        axis.title.set_fontsize(9)
+    for axis in axes[len(names) :]:
+        axis.set_visible(False)
+    return figure
+
+
 def budget_met(rows: pd.DataFrame) -> Figure:
     """The budget asked for and the mean kept share of real generation on unseen data, with 95 % intervals."""
     figure, axis = _axes(4.2, 3.4)

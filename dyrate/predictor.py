@@ -30,13 +30,17 @@ def kept_counts(n_image: Int[Tensor, " batch"], rates: Float[Tensor, " rate"]) -
 def rate_masks(
     score: Float[Tensor, "batch image_token"], candidates: Bool[Tensor, "batch image_token"], counts: Int[Tensor, "batch rate"]
 ) -> Bool[Tensor, "batch rate image_token"]:
-    """Eq. 3, corrected: the mask of rate k keeps the n - floor(n r_k) best candidates (as printed it would drop them).
+    """Eq. 3, corrected: the mask of rate k keeps the n - floor(n r_k) best tokens (as printed it would drop them).
 
-    Candidates are the tokens still there: ranking all and intersecting would let a constant rate keep shrinking the set.
+    Candidates are the tokens still there; they go before all others, for ranking all alike and intersecting would let a
+    constant rate keep shrinking the set. A count above theirs admits tokens that are gone: times the mask of the step before
+    it changes nothing, but tells that step's gradient that this one would have kept them.
     """
-    order = score.float().masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    score = score.float()
+    below = score.amin(1, keepdim=True) - score.amax(1, keepdim=True) - 1
+    order = (score + below.masked_fill(candidates, 0)).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    return (rank[:, None] < counts[..., None]) & candidates[:, None]
+    return rank[:, None] < counts[..., None]
 
 
 def gumbel_noise(shape, generator: torch.Generator | None = None, device=None) -> Tensor:

@@ -14,43 +14,28 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import subprocess
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dyrate import datasets
-from dyrate.attention import encode
-from dyrate.cost import Shape, kv_bytes, layer_macs, shape_of
-from dyrate.datasets import Example, Examples
-from dyrate.engine import lower_half, upper_half
-from dyrate.evaluate import generated
+from dyrate import datasets, diagnostics
+from dyrate.budget import UNITS, calibrate, cost
+from dyrate.cost import shape_of
+from dyrate.datasets import Examples
+from dyrate.diagnostics import Sign
 from dyrate.files import write_whole
+from dyrate.forcing import IGNORE, Prepared, masks_over_steps, prepare, pruned_logits
 from dyrate.models import load
-from dyrate.predictor import (
-    DyRate,
-    RatePredictor,
-    chosen_mask,
-    gumbel_noise,
-    gumbel_one_hot,
-    kept_counts,
-    query_bias,
-    rate_masks,
-)  # fmt: skip
-from dyrate.segments import Segments, find_segments, segment_shares, system_ids
-from dyrate.strategy import Strategy
-
-IGNORE = -100
-UNITS = ("kept", "macs", "macs_uncached", "kv_bytes")
+from dyrate.predictor import RatePredictor, gumbel_noise, gumbel_one_hot
 
 
 @dataclass(frozen=True)
@@ -60,20 +45,22 @@ class Settings:
     budget: in `unit`: "kept" (mean kept share of image tokens over steps), or what remains of the decoder's
     multiply-accumulates ("macs": with a KV cache; "macs_uncached": every step over the whole sequence, most likely the
     paper's) or of the bytes that decoding reads from the cache ("kv_bytes"). distill: imitate the unpruned model's words
-    instead of the references'. noise ends at `quiet` of all steps.
+    instead of the references'. noise ends at `quiet` of all steps. observed_layers: default the one before the first pruned.
+    firmness 0: no budget.
     """
 
     budget: float = 0.33
     unit: str = "kept"
     first_pruned_layer: int = 2
+    observed_layers: list[int] | None = None
     residency: str = "evict"
     n_rates: int = 32
     with_step: bool = False
     steps: int = 200
     batch: int = 8
     rate: float = 0.05
-    temperature: float = 1.0
-    last_temperature: float = 0.3
+    temperature: float = 8.0
+    last_temperature: float = 8.0
     quiet: float = 0.7
     firmness: float = 10.0
     distill: bool = False
@@ -90,124 +77,17 @@ class Settings:
 
 
 @dataclass
-class Prepared:
-    """Teacher-forced sequences as layer `first_pruned_layer` sees them: what does not depend on any rate, computed once.
-
-    n_prompt: length of the left-padded prompts; answers follow, padded at the end. labels: the token that each step must
-    choose, IGNORE after the end. score, features: what the strategy would see at each step.
-    """
-
-    n_prompt: int
-    hidden: Float[Tensor, "batch length width"]
-    rotary: tuple[Tensor, ...]
-    real: Bool[Tensor, "batch length"]
-    positions: Int[Tensor, "batch image_token"]
-    image: Bool[Tensor, "batch image_token"]
-    labels: Int[Tensor, "batch step"]
-    score: Float[Tensor, "batch step image_token"]
-    features: Float[Tensor, "batch step feature"]
-    teacher: Float[Tensor, "batch step word"] | None = None
-
-
-def prepare(model, processor, batch: list[Example], images: list, predictor: RatePredictor) -> Prepared:
-    """Encode prompts and reference answers and run the layers before the first pruned one."""
-    inputs = encode(processor, images, [e.prompt for e in batch]).to(model.device, model.dtype)
-    end = processor.tokenizer.eos_token_id
-    texts = [processor.tokenizer(e.references[0], add_special_tokens=False)["input_ids"] + [end] for e in batch]
-    return prepare_tokens(model, dict(inputs), texts, predictor, system_ids(processor))
-
-
-def prepare_tokens(model, inputs: dict, answers: list[list[int]], predictor: RatePredictor, system=None) -> Prepared:
-    """As `prepare`, from processed prompts and the token ids of their answers."""
-    prompt, mask = inputs["input_ids"], inputs["attention_mask"]
-    n_prompt, steps = prompt.shape[1], max(len(a) for a in answers)
-    labels = torch.full((len(answers), steps), IGNORE, device=prompt.device)
-    for i, answer in enumerate(answers):
-        labels[i, : len(answer)] = torch.tensor(answer)
-    said = labels[:, :-1].clamp(min=0)
-    inputs = dict(inputs, input_ids=torch.cat([prompt, said], 1))
-    inputs["attention_mask"] = torch.cat([mask, (labels[:, :-1] != IGNORE).long()], 1)
-    if "mm_token_type_ids" in inputs:
-        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(said)], 1)
-    segments = find_segments(prompt, model.config.image_token_id, mask, system)
-    positions, valid = segments.positions("image")
-    first = predictor.first_pruned_layer
-    hidden, rotary, looks = lower_half(model, inputs, first, sorted({first - 1, *predictor.observed_layers}))
-    queries = torch.arange(n_prompt - 1, n_prompt - 1 + steps, device=prompt.device).expand(len(prompt), -1)
-    rows = {layer: look.rows(queries) for layer, look in looks.items()}  # (batch, head, step, key)
-    index = positions[:, None].expand(-1, steps, -1)
-    score = rows[first - 1].mean(1).gather(2, index) * valid[:, None]
-    shares = [segment_shares_of(rows[layer], segments) for layer in predictor.observed_layers]
-    features = predictor.features(shares, torch.arange(steps, device=prompt.device))
-    return Prepared(n_prompt, hidden, rotary, inputs["attention_mask"].bool(), positions, valid, labels, score, features)
-
-
-def segment_shares_of(rows: Float[Tensor, "batch head step key"], segments: Segments) -> Float[Tensor, "batch step head 4"]:
-    """Segment shares of many queries at once."""
-    return torch.stack([segment_shares(rows[:, :, t], segments) for t in range(rows.shape[2])], 1)
-
-
-def masks_over_steps(
-    choice: Float[Tensor, "batch step rate"], prepared: Prepared, rates: Tensor, residency: str
-) -> Float[Tensor, "batch step image_token"]:
-    """Which image tokens each step sees, under one-hot choices of rates; gradients reach the choices.
-
-    In "evict" a step chooses among the survivors of the one before; in "hide" among all.
-    """
-    counts = kept_counts(prepared.image.sum(1), rates)
-    survivors = prepared.image
-    mask = prepared.image.to(choice.dtype)
-    masks = []
-    for step in range(choice.shape[1]):
-        chosen = chosen_mask(choice[:, step], rate_masks(prepared.score[:, step], survivors, counts))
-        mask = mask * chosen if residency == "evict" else chosen
-        if residency == "evict":
-            survivors = survivors & (mask > 0.5)
-        masks.append(mask)
-    return torch.stack(masks, 1)
-
-
-def pruned_logits(model, predictor: RatePredictor, prepared: Prepared, masks, checkpointing: bool = False) -> Tensor:
-    """Logits (batch, step, word) of the answer, each step seeing the image tokens that its mask keeps."""
-    bias = query_bias(masks.float(), prepared.positions, prepared.image, prepared.real, prepared.n_prompt)
-    queries = torch.arange(prepared.n_prompt - 1, prepared.n_prompt - 1 + prepared.labels.shape[1], device=bias.device)
-    first = predictor.first_pruned_layer
-    return upper_half(model, first, prepared.hidden, prepared.rotary, bias, queries, checkpointing)
-
-
-def cost(
-    unit: str, shape: Shape, kept: Float[Tensor, "batch step"], n_image: Tensor, n_text: Tensor, valid: Tensor, first: int
-) -> Float[Tensor, " batch"]:
-    """What remains of the unpruned cost, from the number of image tokens kept at each step; differentiable.
-
-    valid: (batch, step), steps that exist. first: first pruned layer.
-    """
-    valid = valid.to(kept.dtype)
-    if unit == "kept":
-        return (kept / n_image[:, None] * valid).sum(1) / valid.sum(1)
-    upper = shape.layers - first
-    text = n_text[:, None] + torch.arange(kept.shape[1], device=kept.device)  # tokens beside the image at each step
-    whole = text + n_image[:, None]
-
-    def spent(tokens):
-        if unit == "kv_bytes":
-            return (first * whole + upper * tokens) * kv_bytes(shape, [1], 1) * valid
-        if unit == "macs_uncached":
-            return (first * layer_macs(shape, whole, whole) + upper * layer_macs(shape, tokens, tokens)) * valid
-        prefill = first * layer_macs(shape, whole, whole) + upper * layer_macs(shape, tokens, tokens)
-        decode = first * layer_macs(shape, 1, whole) + upper * layer_macs(shape, 1, tokens)
-        return torch.cat([prefill[:, :1], decode[:, 1:] * valid[:, 1:]], 1)
-
-    return spent(text + kept).sum(1) / spent(whole.to(kept.dtype)).sum(1)
-
-
-@dataclass
 class Trained:
-    """A predictor and how it came to be: one row a step in `history`, warnings of the diagnostics in `warnings`."""
+    """A predictor and how it came to be: one row a step in `history`; calibration: tilt and share; signs of failure."""
 
     predictor: RatePredictor
     history: list[dict]
-    warnings: list[str]
+    calibration: dict[str, float] = field(default_factory=dict)
+    signs: list[Sign] = field(default_factory=list)
+
+    @property
+    def warnings(self) -> list[str]:
+        return [str(sign) for sign in self.signs if sign.warns]
 
 
 def train(
@@ -217,18 +97,20 @@ def train(
     """Train a predictor on examples with reference answers. fields: of `Settings`, if no settings are given.
 
     Under `torchrun` or `accelerate launch` each process trains on its part of the examples. work: a folder for checkpoints; an
-    interrupted training goes on from there (one process only). validation: examples on whose real
-    generation the budget is calibrated (default: none, no calibration).
+    interrupted training goes on from there (one process only). validation: examples on whose real generation the budget is
+    calibrated and signs of failure are sought (default: no calibration, signs on the training examples).
     """
     settings = settings or Settings(**fields)
     text = model.config.get_text_config()
     predictor = RatePredictor(
         text.num_attention_heads, text.num_hidden_layers, model.config.model_type, n_rates=settings.n_rates,
         first_pruned_layer=settings.first_pruned_layer, residency=settings.residency, with_step=settings.with_step,
-        about={"settings": asdict(settings), "examples": examples.source},
+        observed_layers=settings.observed_layers, about={"settings": asdict(settings), "examples": examples.source},
     ).to(model.device)  # fmt: skip
     state = PartialState(cpu=not torch.cuda.is_available())
-    mine = Examples(list(examples)[state.process_index :: state.num_processes], examples.source, examples.problems)
+    # mixed, so that a batch tells the mean cost over all tasks: batches of one task would hold each task to the budget
+    mixed = random.Random(settings.seed).sample(list(examples), len(examples))
+    mine = Examples(mixed[state.process_index :: state.num_processes], examples.source, examples.problems)
     batches = [prepare(model, processor, *pair, predictor) for pair in mine.batches(settings.batch)]
     if settings.distill:
         for b in batches:
@@ -239,10 +121,12 @@ def train(
     _average([predictor.mean, predictor.deviation])
     with frozen(model):
         trained = _descend(model, predictor, batches, settings, work, progress)
+    if validation is not None and settings.unit == "kept" and settings.firmness:
+        trained.calibration = calibrate(model, processor, predictor, validation, settings.budget, progress=progress)
+        predictor.about["calibration"] = trained.calibration
     if validation is not None:
-        trained.history.append(calibrate(model, processor, predictor, validation, settings, progress=progress))
-    predictor.about["history"] = trained.history[-1:]
-    trained.warnings += warnings_of(predictor, batches, trained.history, settings)
+        batches = [prepare(model, processor, *pair, predictor) for pair in validation.batches(settings.batch)]
+    trained.signs = diagnostics.signs(model, processor, predictor, batches, trained.history, validation)
     return trained
 
 
@@ -272,6 +156,7 @@ def _descend(model, predictor, batches: list[Prepared], settings: Settings, work
     path = None if work is None else Path(work) / "predictor-state.safetensors"
     if path is not None and path.exists():
         state = _load(path, predictor, optimizer, settings)
+    warned: set[str] = set()
     bar = tqdm(range(state["step"], settings.steps), initial=state["step"], total=settings.steps, disable=not progress,
                desc=f"predictor for {settings.budget:.2f} {settings.unit}")  # fmt: skip
     for step in bar:
@@ -302,7 +187,7 @@ def _descend(model, predictor, batches: list[Prepared], settings: Settings, work
         for group in optimizer.param_groups:
             group["lr"] = settings.rate * (1 - 0.9 * done)
         optimizer.step()
-        state["multiplier"] += settings.firmness / 10 * float(excess)
+        state["multiplier"] += settings.firmness / 30 * float(excess)
         share = (masks.detach().sum(-1) / prepared.image.sum(1)[:, None])[valid]
         state["history"].append({
             "step": step, "loss": float(loss.detach()), "task": float(task.detach()), "cost": float(spent.detach()),
@@ -312,9 +197,14 @@ def _descend(model, predictor, batches: list[Prepared], settings: Settings, work
         })  # fmt: skip
         state["step"] = step + 1
         bar.set_postfix_str(f"loss {task.item():.3f}, cost {spent.item():.3f}, spread {float(share.std()):.3f}")
+        if step % 25 == 24 and noisy == 0:
+            for sign in diagnostics.while_training(state["history"], 1 / settings.n_rates):
+                if sign.name not in warned:
+                    bar.write(f"warning at step {step + 1}: {sign}")
+                warned.add(sign.name)
         if path is not None and (step % 25 == 24 or step + 1 == settings.steps):
             _save(path, predictor, optimizer, state, settings)
-    return Trained(predictor.eval(), state["history"], [])
+    return Trained(predictor.eval(), state["history"])
 
 
 def _task_loss(words: Tensor, prepared: Prepared, valid: Tensor) -> Tensor:
@@ -355,89 +245,6 @@ def _load(path: Path, predictor, optimizer, settings: Settings) -> dict:
     return about["state"]
 
 
-@torch.no_grad()
-def taught(model, predictor: RatePredictor, batches: list[Prepared], rate: float | None = None) -> list[dict]:
-    """Teacher-forced loss without noise, one row a sequence: mean cross-entropy (nats a token), mean kept share, rates.
-
-    rate: the same at every step, in place of the predictor's; rounded to its grid.
-    """
-    rows = []
-    for prepared in batches:
-        best = predictor(prepared.features).argmax(-1)
-        if rate is not None:
-            best = torch.full_like(best, int((predictor.rates - rate).abs().argmin()))
-        choice = F.one_hot(best, len(predictor.rates)).float()
-        masks = masks_over_steps(choice, prepared, predictor.rates, predictor.residency)
-        words = pruned_logits(model, predictor, prepared, masks).float()
-        share = masks.sum(-1) / prepared.image.sum(1)[:, None]
-        for i, labels in enumerate(prepared.labels):
-            valid = labels != IGNORE
-            loss = float(F.cross_entropy(words[i][valid], labels[valid]))
-            kept, said = share[i][valid], predictor.rates[best[i]][valid]
-            rows.append({"loss": loss, "kept": float(kept.mean()), "rates": said.tolist(), "kept_steps": kept.tolist()})
-    return rows
-
-
-def rate_changes(rows: list[dict]) -> list[float]:
-    """By how much the rate changes from the first third of an answer to the last; answers of nine tokens and more."""
-    found = [row["rates"] for row in rows if len(row["rates"]) >= 9]
-    return [float(np.mean(r[-(len(r) // 3) :]) - np.mean(r[: len(r) // 3])) for r in found]
-
-
-def trajectories(
-    model, processor, strategy: Strategy, examples: Examples, *, batch_size: int = 32, max_new_tokens: int = 100
-) -> dict[str, list[float]]:
-    """Kept share at each step of real, greedy generation, by example."""
-    found = {}
-    for batch, images in examples.batches(batch_size):
-        strategy.meet(batch)
-        with strategy(model, processor) as trace:
-            _, lengths = generated(model, processor, batch, images, {"max_new_tokens": max_new_tokens})
-        kept = trace.kept_share()
-        found |= {e.name: kept[:length, i].tolist() for i, (e, length) in enumerate(zip(batch, lengths, strict=True))}
-    return found
-
-
-def calibrate(
-    model, processor, predictor, examples: Examples, settings: Settings, *, rounds: int = 7, progress: bool = True
-) -> dict:
-    """Move the tilt until the mean kept share of real generation is the budget, by bisection; other units are left alone."""
-    if settings.unit != "kept":
-        return {"calibrated": False}
-    low, high = -64.0, 64.0  # more tilt: higher rates, fewer tokens
-    best = (float("inf"), 0.0, 0.0)
-    tilt = 0.0
-    for _ in tqdm(range(rounds), desc="calibrating", disable=not progress):
-        predictor.tilt.fill_(tilt)
-        paths = trajectories(model, processor, DyRate.of(predictor), examples)
-        share = float(np.mean([np.mean(path) for path in paths.values()]))
-        best = min(best, (abs(share - settings.budget), tilt, share))
-        if best[0] < 0.004:
-            break
-        low, high = (tilt, high) if share > settings.budget else (low, tilt)
-        tilt = (low + high) / 2 if abs(high - low) < 100 else (8.0 if share > settings.budget else -8.0)
-    predictor.tilt.fill_(best[1])
-    return {"calibrated": True, "tilt": best[1], "share": best[2]}
-
-
-@torch.no_grad()
-def warnings_of(predictor, batches: list[Prepared], history: list[dict], settings: Settings) -> list[str]:
-    """What went wrong, each with its remedy: stagnation, collapse, instability."""
-    rates = torch.cat([predictor.rates[predictor(b.features).argmax(-1)][b.labels != IGNORE] for b in batches])
-    found = []
-    if float(rates.std()) < 1 / settings.n_rates:
-        found.append(
-            f"rates stagnate: their deviation over steps and inputs, {float(rates.std()):.3f}, is below one grid step. The "
-            "features may not tell when tokens are needed: try with_step=True, another observed layer, or a longer answer"
-        )
-    if float((rates == rates.min()).float().mean()) > 0.95 and float(rates.min()) in (0.0, float(predictor.rates[-1])):
-        found.append(f"rates collapsed to {float(rates.min()):.2f}: raise `firmness`, or ask for another budget")
-    losses = [row["task"] for row in history if "task" in row]
-    if len(losses) > 40 and np.mean(losses[-10:]) > 1.5 * np.mean(losses[:10]) + 0.1:
-        found.append("the loss rose while training: lower `rate`, or raise `last_temperature`")
-    return found
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train a rate predictor and save it (safetensors and JSON).")
     parser.add_argument("--model", default="pocket", help='"pocket", a folder, or a hub name')
@@ -449,6 +256,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, help="checkpoints to go on from")
     for name, value in asdict(Settings()).items():
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(value, bool) else {"type": type(value)}
+        if name == "observed_layers":
+            kind = {"type": int, "nargs": "+"}
         parser.add_argument(f"--{name.replace('_', '-')}", default=value, **kind)
     given = vars(parser.parse_args(argv))
     settings = Settings(**{name: given[name] for name in asdict(Settings())})
@@ -458,6 +267,11 @@ def main(argv: list[str] | None = None) -> None:
         for split in ("train", "validation")
     }
     trained = train(model, processor, sets["train"], settings, validation=sets["validation"], work=given["work"])
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    ).stdout.strip()
+    trained.predictor.about |= {"model": given["model"], "tasks": given["tasks"], "n_train": len(sets["train"]),
+                                "torch": torch.__version__, "commit": commit or None}  # fmt: skip
     trained.predictor.save_pretrained(given["out"])
     for warning in trained.warnings:
         print(f"warning: {warning}")

@@ -12,8 +12,10 @@ from test_engine import long_images
 from transformers import LogitsProcessor
 
 import dyrate
-from dyrate import training
+from dyrate import budget, diagnostics, training
+from dyrate.budget import UNITS, cost
 from dyrate.cost import Shape
+from dyrate.forcing import IGNORE, masks_over_steps, prepare_tokens, pruned_logits
 from dyrate.predictor import (
     DyRate,
     RatePredictor,
@@ -25,7 +27,7 @@ from dyrate.predictor import (
     rate_grid,
     rate_masks,
 )
-from dyrate.training import IGNORE, Settings, cost, masks_over_steps, prepare_tokens, pruned_logits
+from dyrate.training import Settings
 
 
 def test_eq_1_rates():
@@ -52,7 +54,7 @@ def test_eq_3_masks_keep_the_best_candidates():
     counts = torch.tensor([[4, 3, 2, 1]])
     assert rate_masks(score, there, counts)[0].int().tolist() == [[1, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 0], [0, 1, 0, 0]]
     gone = torch.tensor([[True, False, True, True]])
-    assert rate_masks(score, gone, counts)[0].int().tolist() == [[1, 0, 1, 1], [1, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 0]]
+    assert rate_masks(score, gone, counts)[0].int().tolist() == [[1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 0]]
 
 
 def test_eqs_4_and_5_straight_through():
@@ -188,7 +190,7 @@ def batches_of(model, inputs, predictor):
     return [prepare_tokens(model, inputs, ANSWERS, predictor)]
 
 
-@pytest.mark.parametrize("unit", training.UNITS)
+@pytest.mark.parametrize("unit", UNITS)
 def test_the_budget_alone_drives_the_rate_to_the_budget(unit, monkeypatch):
     model, inputs = long_images(4)
     settings = Settings(budget=0.625, unit=unit, steps=150, n_rates=16, first_pruned_layer=1)
@@ -281,7 +283,7 @@ def test_two_processes_train_one_predictor(tmp_path):
     script.write_text(f"""
 import os
 import dyrate
-from dyrate import training
+from dyrate import budget, diagnostics, training
 examples = dyrate.examples("pocket", 8, tasks=["qa_colour"], split="train")
 found = training.train(*dyrate.load("pocket"), examples, budget=0.5, steps=5, batch=4, progress=False)
 found.predictor.save_pretrained("{tmp_path}/" + os.environ["RANK"])
@@ -300,24 +302,65 @@ def test_calibration_meets_the_budget_from_a_bad_start():
     check = dyrate.examples("pocket", 6, tasks=["qa_colour", "qa_place"], split="validation")
     predictor = RatePredictor(6, 8, "llava")
     predictor.start_at(0.9, torch.zeros(2, 24))
-    found = training.calibrate(model, processor, predictor, check, Settings(budget=0.33), progress=False)
+    found = budget.calibrate(model, processor, predictor, check, 0.33, progress=False)
     assert abs(found["share"] - 0.33) <= 1 / 32
-    paths = training.trajectories(model, processor, DyRate.of(predictor), check)
+    paths = budget.trajectories(model, processor, DyRate.of(predictor), check)
     assert sum(sum(p) / len(p) for p in paths.values()) / len(paths) == pytest.approx(found["share"])
 
 
-def test_failures_are_warned_about():
+GRID = [0.0, 0.25, 0.5, 0.75]
+
+
+def test_entropy_and_information_by_hand():
+    assert diagnostics.entropy([0.5] * 9) == 0
+    assert diagnostics.entropy([0.0, 0.25, 0.5, 0.75]) == pytest.approx(2)
+    rates, tasks = [0.0] * 40 + [0.5] * 40, ["a"] * 40 + ["b"] * 40
+    assert diagnostics.mutual_information(rates, tasks) == pytest.approx(1, abs=0.05)
+    assert abs(diagnostics.mutual_information([0.0, 0.5] * 40, tasks)) < 0.05
+
+
+def warning(signs):
+    return {sign.name for sign in signs if sign.warns}
+
+
+def test_stagnation_and_collapse_are_told_from_health():
+    assert warning(diagnostics.of_rates([[0.5] * 6, [0.5] * 4], ["a", "b"], GRID)) == {"rates stagnate"}
+    assert warning(diagnostics.of_rates([[0.75] * 6], ["a"], GRID)) == {"rates stagnate", "rates collapse"}
+    assert warning(diagnostics.of_rates([[0.0] * 6], ["a"], GRID)) == {"rates stagnate", "rates collapse"}
+    assert not warning(diagnostics.of_rates([[0.0, 0.25, 0.75], [0.75, 0.0]], ["a", "b"], GRID))
+    (stagnant,) = (s for s in diagnostics.of_rates([[0.5] * 6], ["a"], GRID) if s.name == "rates stagnate")
+    assert "with_step" in str(stagnant)
+
+
+def test_an_unstable_training_is_told_from_a_steady_one():
+    assert diagnostics.of_training([{"task": 0.1 + 0.01 * i} for i in range(60)]).warns
+    assert diagnostics.of_training([{"task": float("nan")}] * 60).warns
+    assert not diagnostics.of_training([{"task": 0.4 - 0.001 * i} for i in range(60)]).warns
+
+
+def test_the_task_that_pays_is_named():
+    tasks = ["a", "a", "b", "b"]
+    found = diagnostics.of_tasks([0.1, 0.1, 1.4, 1.2], [0.1, 0.1, 0.2, 0.2], tasks)
+    assert found.warns and "by b" in found.unit and found.measured == pytest.approx(1.1)
+    assert not diagnostics.of_tasks([0.2, 0.2, 0.3, 0.3], [0.1, 0.1, 0.2, 0.2], tasks).warns
+
+
+def test_warnings_come_while_training():
     model, inputs = long_images(4)
-    predictor = RatePredictor(4, 5, "llava", n_rates=16)
+    predictor = RatePredictor(4, 5, "llava", n_rates=4)
     batches = batches_of(model, inputs, predictor)
-    rising = [{"task": 0.1 + 0.01 * i} for i in range(60)]
-    (stagnant,) = training.warnings_of(predictor, batches, [], Settings(n_rates=16, budget=0.5))[:1]
-    assert "stagnate" in stagnant and "with_step" in stagnant
-    collapsed = training.warnings_of(predictor, batches, rising, Settings(n_rates=16, budget=0.5))
-    assert any("collapsed to 0.00" in w for w in collapsed) and any("loss rose" in w for w in collapsed)
-    torch.nn.init.normal_(predictor.linear.weight, std=20.0)
     predictor.start_at(0.5, batches[0].features.flatten(0, 1))
-    assert not training.warnings_of(predictor, batches, [{"task": 0.1}] * 60, Settings(n_rates=16, budget=0.5))
+    predictor.deviation.fill_(1e9)  # features that say nothing
+    settings = Settings(budget=0.5, steps=60, n_rates=4, quiet=0.1)
+    course = training._descend(model, predictor, batches, settings, None, False).history
+    assert "rates stagnate" in warning(diagnostics.while_training(course, 1 / 4))
+
+
+def test_speed_is_measured():
+    model, processor = dyrate.load("pocket")
+    predictor = RatePredictor(6, 8, "llava")
+    found = diagnostics.of_speed(model, processor, predictor, dyrate.examples("pocket", 2, tasks=["qa_colour"]), repeats=1)
+    assert 0.2 < found.measured < 20
 
 
 @pytest.mark.parametrize(("fields", "message"), [
