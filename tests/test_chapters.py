@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 import dyrate
-from dyrate import ablations
+from dyrate import ablations, dynamics
 from dyrate.dynamics import controls, explained, sentence, verdicts
 from dyrate.predictor import DyRate, RatePredictor
 from dyrate.slider import kept_slider
@@ -26,8 +26,8 @@ def test_the_extend_pages_ablations_run_as_written(tmp_path):
     model, processor = dyrate.load("pocket")
     examples = dyrate.examples("pocket", 2, tasks=["qa_colour"])
     quick = [line for line in lines if "train" not in line]
-    rows = ablations.run(model, processor, quick, examples, examples, examples, root=Path(), store=tmp_path, max_new_tokens=6,
-                         batch_size=2)  # fmt: skip
+    rows = ablations.run(model, processor, quick, examples, examples, examples, root=Path(),
+                         trained=tmp_path, store=tmp_path, max_new_tokens=6, batch_size=2)  # fmt: skip
     table = ablations.summary(rows)
     assert list(table.label) == [line["label"] for line in quick]
     assert table.kept[1] > table.kept[0]  # the slower annealing keeps more
@@ -98,3 +98,52 @@ def test_verdicts_are_paired_and_said_plainly():
     assert value["learning against annealing"] == pytest.approx(0.1)
     said = sentence(found)
     assert "a schedule beats a constant rate (+0.200" in said and "learning beats a straight line" in said
+
+
+def test_a_line_that_trains_is_trained_once(tmp_path, monkeypatch):
+    model, processor = dyrate.load("pocket")
+    learn = dyrate.examples("pocket", 4, tasks=["qa_colour"], split="train")
+    line = {"group": "number of rates", "label": "4", "train": {"n_rates": 4, "steps": 2, "batch": 2}}
+    how = dict(root=Path(), trained=tmp_path)
+    first = ablations.strategy_of(line, model, processor, learn, learn, **how)
+    monkeypatch.setattr(ablations, "train", lambda *a, **k: pytest.fail("trained again"))
+    again = ablations.strategy_of(line, model, processor, learn, learn, **how)
+    assert len(first.predictor.rates) == 4 and str(first.predictor) == str(again.predictor)
+    monkeypatch.undo()
+    other = ablations.strategy_of({**line, "train": {**line["train"], "seed": 1}}, model, processor, learn, learn, **how)
+    assert str(other.predictor) != str(first.predictor) and len(list(tmp_path.iterdir())) == 2
+
+
+def scores(score, lengths):
+    import pandas as pd
+
+    return pd.DataFrame([
+        {"strategy": s, "sample": f"d{i}", "task": "description", "score": v(i), "kept": 0.3, "tokens": length}
+        for s, v in score.items() for i, length in enumerate(lengths)
+    ])  # fmt: skip
+
+
+def test_conditions_say_where_dynamics_help():
+    lengths = [10, 10, 10, 10, 50, 50, 50, 50]
+    rows = scores({
+        "Full": lambda i: 1.0, "constant": lambda i: 0.5, "annealing": lambda i: 0.5,
+        "mean trajectory": lambda i: 0.7 if i < 4 else 0.3, "DyRate 0": lambda i: 0.7 if i < 4 else 0.3,
+    }, lengths)  # fmt: skip
+    halves = dynamics.by_length(rows, "description")
+    assert [set(half.tokens) for half in halves.values()] == [{10}, {50}]
+    found = dynamics.conditions({name: (half, ["DyRate 0"]) for name, half in halves.items()})
+    said = dynamics.helps(found, "a schedule against a constant")
+    assert said == "helps with short descriptions; harms with long descriptions"
+    assert (
+        dynamics.helps(found, "adapting against its mean schedule") == "cannot be told with short descriptions, long descriptions"
+    )
+
+
+def test_a_bar_is_missed_only_where_the_whole_interval_is_below():
+    same = {"constant": 0.5, "constant by task": 0.5, "DyRate 0": 0.4, "DyRate 1": 0.5}
+    rows = scores({name: lambda i, value=value: value for name, value in same.items()}, [10] * 20)
+    seeds = ["DyRate 0", "DyRate 1"]
+    assert set(dynamics.bars(dynamics.verdicts(rows, seeds, ["description"]), ["description"]).bar) == {"missed"}
+    assert dynamics.by_seed(rows, seeds).score.to_dict() == pytest.approx({"DyRate 0": 0.4, "DyRate 1": 0.5})
+    noisy = rows.assign(score=[(i % 3) / 3 for i in range(len(rows))])
+    assert set(dynamics.bars(dynamics.verdicts(noisy, seeds, ["description"]), ["description"]).bar) == {"met"}
