@@ -58,10 +58,10 @@ class Settings:
     with_step: bool = False
     steps: int = 200
     batch: int = 8
-    rate: float = 0.05
+    rate: float = 0.1
     temperature: float = 8.0
     last_temperature: float = 8.0
-    quiet: float = 0.7
+    quiet: float = 0.3
     firmness: float = 10.0
     distill: bool = False
     checkpointing: bool = False
