@@ -331,6 +331,24 @@ def signs_of_failure(rows: pd.DataFrame) -> Figure:
     return figure
 
 
+def gradient_truth(rows: pd.DataFrame, rate: float) -> Figure:
+    """Loss at constant rates (line), and the loss that the gradient at one of them foretells (dashed); one panel a task."""
+    tasks = list(dict.fromkeys(rows.task))
+    figure, axes = _axes(4.4 * len(tasks), 3.0, len(tasks), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        mean = rows[rows.task == task].groupby("rate")[["loss", "foretold"]].mean()
+        axis.plot(mean.index, mean.loss, "o-", color="#0072B2", label="measured")
+        axis.plot(mean.index, mean.foretold, "--", color="#D55E00", label="foretold by the gradient")
+        axis.axvline(rate, color="black", linewidth=0.8)
+        low, high = mean.loss.min(), mean.loss.max()
+        edge = 0.5 * (high - low) + 0.02
+        axis.set(title=task.replace("_", " "), xlabel="constant rate (share dropped)", ylabel="cross-entropy (nats a token)")
+        axis.set_ylim(low - edge, high + edge)
+        axis.title.set_fontsize(9)
+    axes[0, 0].legend(loc="best")
+    return figure
+
+
 def budget_met(rows: pd.DataFrame) -> Figure:
     """The budget asked for and the mean kept share of real generation on unseen data, with 95 % intervals."""
     figure, axis = _axes(4.2, 3.4)

@@ -131,6 +131,40 @@ def taught(model, predictor: RatePredictor, batches: list[Prepared], rate: float
     return rows
 
 
+def foretold(model, predictor: RatePredictor, batches: list[Prepared], rate: float, shown: int = 9) -> list[dict]:
+    """What the straight-through gradient at one constant rate foretells for other constant rates, and what they really cost.
+
+    One row an answer and rate: task, rate, loss (nats a token), and `foretold`, the loss at `rate` continued along its
+    gradient. rate: rounded to the grid.
+    """
+    rows = []
+    here = int((predictor.rates - rate).abs().argmin())
+    others = np.unique(np.linspace(0, len(predictor.rates) - 1, shown).round().astype(int))
+
+    def losses(prepared, choice):
+        masks = masks_over_steps(choice, prepared, predictor.rates, predictor.residency)
+        words = pruned_logits(model, predictor, prepared, masks).float()
+        wrong = F.cross_entropy(words.transpose(1, 2), prepared.labels, ignore_index=IGNORE, reduction="none")
+        return wrong.sum(1) / (prepared.labels != IGNORE).sum(1)
+
+    def constant(prepared, index):
+        return F.one_hot(torch.full_like(prepared.labels, index), len(predictor.rates)).float()
+
+    for prepared in batches:
+        choice = constant(prepared, here).requires_grad_()
+        start = losses(prepared, choice)
+        (gradient,) = torch.autograd.grad(start.sum(), choice)
+        for index in others:
+            with torch.no_grad():
+                real = losses(prepared, constant(prepared, index))
+            told = start.detach() + (gradient[..., index] - gradient[..., here]).sum(1)
+            rows += [
+                {"task": task, "rate": float(predictor.rates[index]), "loss": float(a), "foretold": float(b)}
+                for task, a, b in zip(prepared.tasks, real, told, strict=True)
+            ]
+    return rows
+
+
 def rate_changes(rows: list[dict]) -> list[float]:
     """By how much the rate changes from the first third of an answer to the last; answers of nine tokens and more."""
     found = [row["rates"] for row in rows if len(row["rates"]) >= 9]

@@ -12,7 +12,7 @@ from test_engine import long_images
 from transformers import LogitsProcessor
 
 import dyrate
-from dyrate import budget, diagnostics, training
+from dyrate import budget, diagnostics, forcing, training
 from dyrate.budget import UNITS, cost
 from dyrate.cost import Shape
 from dyrate.forcing import IGNORE, masks_over_steps, prepare_tokens, pruned_logits
@@ -283,7 +283,7 @@ def test_two_processes_train_one_predictor(tmp_path):
     script.write_text(f"""
 import os
 import dyrate
-from dyrate import budget, diagnostics, training
+from dyrate import budget, diagnostics, forcing, training
 examples = dyrate.examples("pocket", 8, tasks=["qa_colour"], split="train")
 found = training.train(*dyrate.load("pocket"), examples, budget=0.5, steps=5, batch=4, progress=False)
 found.predictor.save_pretrained("{tmp_path}/" + os.environ["RANK"])
@@ -369,3 +369,16 @@ def test_speed_is_measured():
 def test_bad_settings_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         Settings(**fields)
+
+
+def test_what_a_gradient_foretells_starts_at_the_measured_loss():
+    model, processor = dyrate.load("pocket")
+    predictor = RatePredictor(6, 8, "llava", n_rates=8)
+    batch = forcing.prepare(model, processor, *next(dyrate.examples("pocket", 2, tasks=["caption"]).batches(2)), predictor)
+    rows = forcing.foretold(model, predictor, [batch], 0.5, shown=8)
+    here = [row for row in rows if row["rate"] == 0.5]
+    assert len(rows) == 16 and all(row["loss"] == pytest.approx(row["foretold"], abs=1e-5) for row in here)
+    assert [row["loss"] for row in here] == pytest.approx(
+        [row["loss"] for row in forcing.taught(model, predictor, [batch], 0.5)], abs=1e-4
+    )
+    assert any(abs(row["loss"] - row["foretold"]) > 1e-3 for row in rows)
