@@ -146,7 +146,7 @@ def fingerprint(notebook: Path, values: dict) -> str:
     """A hash of all that a result depends on: notebook, parameters, the library, and the model or data in local folders."""
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     files = [notebook, *sorted((ROOT / "dyrate").rglob("*.py")), ROOT / "dyrate" / "study.mplstyle"]
-    for name in (values.get("model", "pocket"), values.get("source", "pocket")):
+    for name in (values.get("model", "pocket"), values.get("source", "pocket"), values.get("lmms_results") or "no folder"):
         folder = ROOT / "data" / "pocket" if name == "pocket" else ROOT / str(name)
         if folder.is_dir():
             files += [p for p in sorted(folder.rglob("*")) if p.is_file()]

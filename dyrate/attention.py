@@ -94,9 +94,14 @@ def record_examples(
 def encode(processor, images: Iterable, prompts: list[str]):
     """Chat-template one image and one instruction per row and pad on the left, as generation needs."""
     said = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}] for prompt in prompts]
-    texts = [processor.apply_chat_template(one, add_generation_prompt=True) for one in said]
+    return encode_chats(processor, said, images)
+
+
+def encode_chats(processor, chats: list[list[dict]], images: Iterable):
+    """Chat-template whole conversations, with any number of images each. images: of all rows, in the order of their places."""
+    texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
     processor.tokenizer.padding_side = "left"
-    return processor(images=list(images), text=texts, return_tensors="pt", padding=True)
+    return processor(images=list(images) or None, text=texts, return_tensors="pt", padding=True)
 
 
 class _Recorder:

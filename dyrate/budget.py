@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from dyrate.attention import encode
 from dyrate.cost import Shape, kv_bytes, layer_macs
 from dyrate.datasets import Examples
 from dyrate.evaluate import generated
@@ -51,9 +52,9 @@ def trajectories(
     for batch, images in examples.batches(batch_size):
         strategy.meet(batch)
         with strategy(model, processor) as trace:
-            _, lengths = generated(model, processor, batch, images, {"max_new_tokens": max_new_tokens})
+            said = generated(model, encode(processor, images, [e.prompt for e in batch]), {"max_new_tokens": max_new_tokens})
         kept = trace.kept_share()
-        found |= {e.name: kept[:length, i].tolist() for i, (e, length) in enumerate(zip(batch, lengths, strict=True))}
+        found |= {e.name: kept[: len(ids), i].tolist() for i, (e, ids) in enumerate(zip(batch, said, strict=True))}
     return found
 
 

@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from dyrate.attention import encode
 from dyrate.datasets import Examples
 from dyrate.evaluate import generated
 from dyrate.forcing import Prepared, taught
@@ -99,14 +100,15 @@ def of_tasks(pruned: Sequence[float], unpruned: Sequence[float], tasks: Sequence
 def of_speed(model, processor, predictor: RatePredictor, examples: Examples, *, batch: int = 8, repeats: int = 3) -> Sign:
     """No speed-up: time of generation with the predictor over time without it, for as many words, runs in turn."""
     chunk, images = next(examples.batches(batch))
+    inputs = encode(processor, images, [e.prompt for e in chunk])
     settings = {"min_new_tokens": 32, "max_new_tokens": 32}
     ratios = []
     for _ in range(repeats):
         marks = [time.perf_counter()]
-        generated(model, processor, chunk, images, settings)
+        generated(model, inputs, settings)
         marks.append(time.perf_counter())
         with DyRate.of(predictor)(model, processor):
-            generated(model, processor, chunk, images, settings)
+            generated(model, inputs, settings)
         marks.append(time.perf_counter())
         plain, pruned = (end - begun for begun, end in pairwise(marks))
         ratios.append(pruned / plain)

@@ -27,6 +27,7 @@ from dyrate.models import describe
 from dyrate.pocket.language import read_description
 from dyrate.pocket.scenes import render
 from dyrate.strategy import Strategy
+from dyrate.trace import Trace
 
 PACKAGE = Path(__file__).parent
 # What a stored answer depends on, of this package
@@ -40,23 +41,36 @@ def answers(
     found = []
     bar = tqdm(total=len(examples), desc="answers", disable=not progress)
     for batch, images in examples.batches(batch_size):
-        texts, _ = generated(model, processor, batch, images, {"max_new_tokens": max_new_tokens} | generate)
-        found += zip(batch, texts, strict=True)
+        inputs = encode(processor, images, [e.prompt for e in batch])
+        said = generated(model, inputs, {"max_new_tokens": max_new_tokens} | generate)
+        found += zip(batch, in_words(processor, said), strict=True)
         bar.update(len(batch))
     bar.close()
     return found
 
 
-def generated(model, processor, batch: list[Example], images: list, settings: dict) -> tuple[list[str], list[int]]:
-    """The answers to one batch, greedy unless `settings` say otherwise: texts, and how many tokens each took with its end."""
-    inputs = encode(processor, images, [e.prompt for e in batch]).to(model.device, model.dtype)
+def generated(model, inputs, settings: dict) -> list[list[int]]:
+    """The answer to each row that `encode` made, as token ids with the end; greedy unless `settings` say otherwise."""
+    inputs = inputs.to(model.device, model.dtype)
     with torch.inference_mode():
         output = model.generate(**inputs, **({"do_sample": False} | settings))
     said = output[:, inputs["input_ids"].shape[1] :]
     ends = model.generation_config.eos_token_id
     ended = torch.isin(said, torch.tensor(ends, device=said.device)) if ends is not None else torch.zeros_like(said).bool()
     lengths = (ended.cumsum(1) - ended.long() == 0).sum(1).tolist()
-    return [t.strip() for t in processor.tokenizer.batch_decode(said, skip_special_tokens=True)], lengths
+    return [ids[:length] for ids, length in zip(said.tolist(), lengths, strict=True)]
+
+
+def in_words(processor, said: list[list[int]]) -> list[str]:
+    """Answers as text."""
+    return [text.strip() for text in processor.tokenizer.batch_decode(said, skip_special_tokens=True)]
+
+
+def kept_shares(trace: Trace, lengths: list[int]) -> list[float]:
+    """Share of image tokens that stayed, for each answer: mean over its tokens, its beams and the stages."""
+    beams = len(trace.n_image) // len(lengths)  # rows of one example stand side by side
+    share = trace.kept_share().reshape(len(trace.steps), len(lengths), beams).mean(2)
+    return [float(share[:length, i].mean()) for i, length in enumerate(lengths)]
 
 
 def run(
@@ -101,18 +115,18 @@ def run(
 def _measure(model, processor, label: str, strategy: Strategy, batch, images, settings: dict) -> list[dict]:
     strategy.meet(batch)
     with strategy(model, processor) as trace:
-        texts, lengths = generated(model, processor, batch, images, settings)
-    beams = len(trace.n_image) // len(batch)  # rows of one example stand side by side
+        said = generated(model, encode(processor, images, [e.prompt for e in batch]), settings)
+    lengths, texts = [len(ids) for ids in said], in_words(processor, said)
+    shares = kept_shares(trace, lengths)
+    beams = len(trace.n_image) // len(batch)
     per_row = [length for length in lengths for _ in range(beams)]
     costs = ledger(shape_of(model), trace, strategy, lengths=per_row, itemsize=model.dtype.itemsize)
     costs = costs.groupby(costs.row // beams).sum()
-    share = trace.kept_share().reshape(len(trace.steps), len(batch), beams).mean(2)
     rows = []
     for i, example in enumerate(batch):
         cost = {k: int(v) for k, v in costs.iloc[i].items() if k != "row"}
-        kept = float(share[: lengths[i], i].mean())
         row = {"strategy": label, "sample": example.name, "task": example.task, "answer": texts[i], "tokens": lengths[i]}
-        rows.append(row | {"kept": kept} | cost)
+        rows.append(row | {"kept": shares[i]} | cost)
     return rows
 
 
@@ -175,10 +189,8 @@ def kept_by_word(
     for batch, images in examples.batches(batch_size):
         strategy.meet(batch)
         with strategy(model, processor) as trace:
-            inputs = encode(processor, images, [e.prompt for e in batch]).to(model.device, model.dtype)
-            with torch.inference_mode():
-                output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-        said = output[:, inputs["input_ids"].shape[1] :].tolist()
+            inputs = encode(processor, images, [e.prompt for e in batch])
+            said = generated(model, inputs, {"max_new_tokens": max_new_tokens})
         kept = torch.stack([step.stages[-1].kept for step in trace.steps], 1).cpu().numpy()  # (batch, step, image_token)
         for i, example in enumerate(batch):
             ids = [t for t in said[i] if t not in processor.tokenizer.all_special_ids]
