@@ -25,7 +25,7 @@ ENOUGH_STEPS = 40  # of training, before its course says anything
 
 @dataclass(frozen=True)
 class Sign:
-    """One measured quantity. limit: beyond it (`above` or below it) the sign warns; None for what only describes."""
+    """One measured quantity. limit: beyond it (`above` or below it) the sign warns; None for what only describes. at: where."""
 
     name: str
     measured: float
@@ -33,6 +33,7 @@ class Sign:
     limit: float | None = None
     above: bool = True
     remedy: str = ""
+    at: str = ""
 
     @property
     def warns(self) -> bool:
@@ -40,7 +41,7 @@ class Sign:
 
     def __str__(self) -> str:
         side = "above" if self.above else "below"
-        return f"{self.name}: {self.measured:.3g} {self.unit}, {side} {self.limit:g}: {self.remedy}"
+        return f"{self.name}: {self.measured:.3g} {self.unit}{self.at}, {side} {self.limit:g}: {self.remedy}"
 
 
 def entropy(rates: Sequence[float]) -> float:
@@ -67,10 +68,10 @@ def of_rates(rates: Sequence[Sequence[float]], tasks: Sequence[str], grid: Seque
     named = np.concatenate([[task] * len(r) for task, r in zip(tasks, rates, strict=True)])
     low, high = (float(np.isclose(flat, end).mean()) for end in (grid[0], grid[-1]))
     return [
-        Sign("rates stagnate", float(flat.std() / (grid[1] - grid[0])), "grid steps of deviation over steps and inputs", 1, False,
+        Sign("rates stagnate", float(flat.std() / (grid[1] - grid[0])), "grid steps of deviation", 1, False,
              "the features may not tell when tokens are needed: try with_step=True, another observed layer, or longer answers"),
-        Sign("rates collapse", max(low, high), f"of all choices are {'keep all' if low > high else 'the highest rate'}", 0.95,
-             remedy="raise `firmness`, or ask for another budget"),
+        Sign("rates collapse", max(low, high), "of all choices", 0.95,
+             remedy="raise `firmness`, or ask for another budget", at=" keep all" if low > high else " are the highest rate"),
         Sign("entropy", entropy(flat), "bits"),
         Sign("information on the task", mutual_information(flat, named), "bits"),
         Sign("information on the step", mutual_information(flat, steps), "bits"),
@@ -84,7 +85,7 @@ def of_training(history: Sequence[dict]) -> Sign:
     ratio = (np.mean(losses[-10:]) + floor) / (np.mean(losses[:10]) + floor) if len(losses) >= ENOUGH_STEPS else 1.0
     if not np.isfinite(losses).all():
         ratio = float("inf")
-    return Sign("training is unstable", float(ratio), "times the loss of the start", 1.5,
+    return Sign("training is unstable", float(ratio), "x the loss at the start", 1.5,
                 remedy="lower `rate`, or raise `last_temperature`")  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def of_tasks(pruned: Sequence[float], unpruned: Sequence[float], tasks: Sequence
     paid = np.asarray(pruned) - np.asarray(unpruned)
     by_task = {task: float(paid[np.asarray(tasks) == task].mean()) for task in dict.fromkeys(tasks)}
     worst = max(by_task, key=by_task.get)
-    return Sign("a task pays for the rest", by_task[worst], f"nats a token lost by {worst.replace('_', ' ')}", float(np.log(2)),
+    return Sign("a task pays for the rest", by_task[worst], "nats a token", float(np.log(2)), at=f" lost by {worst.replace('_', ' ')}",
                 remedy="ask for a larger budget, prune later (first_pruned_layer), or train on more such examples")  # fmt: skip
 
 
@@ -112,7 +113,7 @@ def of_speed(model, processor, predictor: RatePredictor, examples: Examples, *, 
         marks.append(time.perf_counter())
         plain, pruned = (end - begun for begun, end in pairwise(marks))
         ratios.append(pruned / plain)
-    return Sign("no speed-up", float(np.median(ratios)), "times the time of plain generation", 1,
+    return Sign("no speed-up", float(np.median(ratios)), "x the plain time", 1,
                 remedy="evict, do not hide; enlarge batches; see with `python -m dyrate.bench` what can be gained")  # fmt: skip
 
 

@@ -144,7 +144,8 @@ def by_length(scored: pd.DataFrame, task: str, reference: str = "Full") -> dict[
     tokens = rows[rows.strategy == reference].set_index("sample").tokens
     short = set(tokens.index[tokens <= tokens.median()])
     name = task.replace("_", " ")
-    return {f"short {name}s": rows[rows["sample"].isin(short)], f"long {name}s": rows[~rows["sample"].isin(short)]}
+    halves = {f"short {name}s": rows[rows["sample"].isin(short)], f"long {name}s": rows[~rows["sample"].isin(short)]}
+    return {half: found for half, found in halves.items() if len(found)}
 
 
 def conditions(measured: dict[str, tuple[pd.DataFrame, Sequence[str]]]) -> pd.DataFrame:

@@ -310,7 +310,7 @@ def signs_of_failure(rows: pd.DataFrame) -> Figure:
     """One panel a sign: what was measured at each budget, and, shaded, where it warns."""
     names = list(dict.fromkeys(rows.sign))
     lines = -(-len(names) // 4)
-    figure = Figure(figsize=(10.2, 2.2 * lines))
+    figure = Figure(figsize=(10.8, 2.3 * lines))
     axes = figure.subplots(lines, 4, squeeze=False).flatten()
     for axis, name in zip(axes, names, strict=False):
         found = rows[rows.sign == name]
@@ -324,7 +324,9 @@ def signs_of_failure(rows: pd.DataFrame) -> Figure:
             axis.axhline(limit, color="#D55E00", linewidth=0.8)
             axis.axhspan(limit, high + edge if found.above.iloc[0] else low - edge, color="#D55E00", alpha=0.12, linewidth=0)
         axis.set_xticks(x, [f"{b:g}" for b in found.budget])
-        axis.set(title=name, xlabel="budget", xlim=(-0.5, len(found) - 0.5), ylim=(low - edge, high + edge))
+        axis.set(
+            title=name, xlabel="budget", ylabel=found.unit.iloc[0], xlim=(-0.5, len(found) - 0.5), ylim=(low - edge, high + edge)
+        )
         axis.title.set_fontsize(9)
     for axis in axes[len(names) :]:
         axis.set_visible(False)

@@ -341,7 +341,7 @@ def test_an_unstable_training_is_told_from_a_steady_one():
 def test_the_task_that_pays_is_named():
     tasks = ["a", "a", "b", "b"]
     found = diagnostics.of_tasks([0.1, 0.1, 1.4, 1.2], [0.1, 0.1, 0.2, 0.2], tasks)
-    assert found.warns and "by b" in found.unit and found.measured == pytest.approx(1.1)
+    assert found.warns and "by b" in str(found) and found.measured == pytest.approx(1.1)
     assert not diagnostics.of_tasks([0.2, 0.2, 0.3, 0.3], [0.1, 0.1, 0.2, 0.2], tasks).warns
 
 
