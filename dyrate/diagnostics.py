@@ -94,8 +94,10 @@ def of_tasks(pruned: Sequence[float], unpruned: Sequence[float], tasks: Sequence
     paid = np.asarray(pruned) - np.asarray(unpruned)
     by_task = {task: float(paid[np.asarray(tasks) == task].mean()) for task in dict.fromkeys(tasks)}
     worst = max(by_task, key=by_task.get)
-    return Sign("a task pays for the rest", by_task[worst], "nats a token", float(np.log(2)), at=f" lost by {worst.replace('_', ' ')}",
-                remedy="ask for a larger budget, prune later (first_pruned_layer), or train on more such examples")  # fmt: skip
+    return Sign(
+        "a task pays for the rest", by_task[worst], "nats a token", float(np.log(2)), at=f" lost by {worst.replace('_', ' ')}",
+        remedy="ask for a larger budget, prune later (first_pruned_layer), or train on more such examples",
+    )  # fmt: skip
 
 
 def of_speed(model, processor, predictor: RatePredictor, examples: Examples, *, batch: int = 8, repeats: int = 3) -> Sign:

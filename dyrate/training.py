@@ -272,7 +272,8 @@ def main(argv: list[str] | None = None) -> None:
     ).stdout.strip()
     trained.predictor.about |= {"model": given["model"], "tasks": given["tasks"], "n_train": len(sets["train"]),
                                 "torch": torch.__version__, "commit": commit or None}  # fmt: skip
-    trained.predictor.save_pretrained(given["out"])
+    if PartialState().is_main_process:
+        trained.predictor.save_pretrained(given["out"])
     for warning in trained.warnings:
         print(f"warning: {warning}")
 

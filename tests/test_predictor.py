@@ -382,3 +382,12 @@ def test_what_a_gradient_foretells_starts_at_the_measured_loss():
         [row["loss"] for row in forcing.taught(model, predictor, [batch], 0.5)], abs=1e-4
     )
     assert any(abs(row["loss"] - row["foretold"]) > 1e-3 for row in rows)
+
+
+def test_training_in_bfloat16_with_checkpointing():
+    model, processor = dyrate.load("pocket", dtype=torch.bfloat16)
+    examples = dyrate.examples("pocket", 2, tasks=["description", "qa_colour"], split="train")
+    trained = training.train(model, processor, examples, budget=0.5, steps=3, batch=4, checkpointing=True, progress=False)
+    assert trained.predictor.linear.weight.dtype == torch.float32
+    assert all(row["gradient"] > 0 and row["task"] == row["task"] for row in trained.history)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
