@@ -260,6 +260,14 @@ def compare(table: pd.DataFrame, reference: str = "Full") -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def caption_measures(table: pd.DataFrame, examples: Examples) -> pd.DataFrame:
+    """Mean CIDEr, BLEU-4, ROUGE-L and METEOR of the captions of each strategy, all on the same images."""
+    references = {e.name: e.references for e in examples}
+    # all at once: repeating every reference equally often leaves the weights of CIDEr's n-grams as they are
+    scores = metrics.caption_scores(list(table.answer), [references[name] for name in table["sample"]])
+    return pd.DataFrame({"strategy": list(table.strategy), **scores}).groupby("strategy", sort=False).mean().reset_index()
+
+
 def method_scores(table: pd.DataFrame, method: str, task: str) -> pd.Series:
     """Score of each sample of a task under one method, mean over its kept shares (the label's second word)."""
     rows = table[(table.task == task) & (table.strategy.str.split().str[0] == method)]

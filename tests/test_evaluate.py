@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 import dyrate
-from dyrate import evaluate
+from dyrate import evaluate, metrics
 from dyrate.files import append_lines, write_whole
 
 TASKS = ["qa_colour", "caption"]
@@ -61,7 +61,7 @@ def test_two_processes_share_the_work(pocket, tmp_path):
     script = tmp_path / "shared.py"
     script.write_text(f"""
 import dyrate
-from dyrate import evaluate
+from dyrate import evaluate, metrics
 examples = dyrate.examples("pocket", 4, tasks={TASKS})
 strategies = {{"Full": dyrate.Full(), "FastV": dyrate.FastV()}}
 found = evaluate.run(*dyrate.load("pocket"), strategies, examples, "{tmp_path}/two", max_new_tokens=24, batch_size=4)
@@ -111,3 +111,14 @@ def test_files_are_whole_or_absent(tmp_path):
         file.write("z")
     append_lines(tmp_path / "b", ["w"])
     assert (tmp_path / "b").read_text() == "x\ny\nw\n"
+
+
+def test_caption_measures_by_hand():
+    examples = dyrate.examples("pocket", 3, tasks=["caption"])
+    rows = [{"strategy": "right", "sample": e.name, "answer": e.references[0]} for e in examples]
+    rows += [{"strategy": "wrong", "sample": e.name, "answer": "zebra"} for e in examples]
+    found = evaluate.caption_measures(pd.DataFrame(rows), examples).set_index("strategy")
+    assert (found.loc["right", ["BLEU-4", "ROUGE-L", "METEOR"]] > 0.9).all() and found.loc["right", "CIDEr"] > 1
+    assert (found.loc["wrong"] < 0.1).all()
+    alone = metrics.cider([e.references[0] for e in examples], [e.references for e in examples])
+    assert found.loc["right", "CIDEr"] == pytest.approx(alone.mean())  # though scored together with another's captions
