@@ -374,6 +374,19 @@ def rates_over_steps(rows: pd.DataFrame) -> Figure:
     return figure
 
 
+def rates_by_image(rows: pd.DataFrame) -> Figure:
+    """The rate at each step, one row a sequence, ordered by mean rate; blank after the end."""
+    grid = rows.pivot(index="sequence", columns="step", values="rate")
+    grid = grid.loc[grid.mean(axis=1).sort_values().index]
+    figure, axis = _axes(7.2, 0.9 + 0.1 * len(grid))
+    shown = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="none")
+    axis.set(xlabel="generation step (token)", ylabel="image")
+    axis.grid(False)
+    axis.set_yticks([])
+    figure.colorbar(shown, label="predicted rate\n(share to drop)")
+    return figure
+
+
 def predictor_weights(weights: np.ndarray) -> Figure:
     """What each head's attention to each segment does to the rate: (head, 4), change of the mean logit-weighted rate."""
     figure, axis = _axes(5.6, 2.6)
