@@ -143,9 +143,10 @@ def fingerprint_of(headline: Path) -> str | None:
 
 
 def fingerprint(notebook: Path, values: dict) -> str:
-    """A hash of all that a result depends on: notebook, parameters, the library, and the model or data in local folders."""
+    """A hash of all that a result depends on: notebook, parameters, library, reported tables, local folders of model and data."""
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     files = [notebook, *sorted((ROOT / "dyrate").rglob("*.py")), ROOT / "dyrate" / "study.mplstyle"]
+    files += sorted((ROOT / "data" / "reported").glob("*.csv"))
     for name in (values.get("model", "pocket"), values.get("source", "pocket"), values.get("lmms_results") or "no folder"):
         folder = ROOT / "data" / "pocket" if name == "pocket" else ROOT / str(name)
         if folder.is_dir():

@@ -106,6 +106,7 @@ def how_made(made: list, results: Path) -> str:
         "Each chapter is a notebook that papermill executed with the parameters below; the book executes nothing. Headline "
         "numbers are in `data/results/`, with 95 % bootstrap intervals, and `make check-results` measures them again.", "",
     ]  # fmt: skip
+    lines += protocol_section(made)
     for name, heading, content in made:
         about = content["provenance"]
         packages = ", ".join(f"{k} {v}" for k, v in about["packages"].items())
@@ -120,6 +121,26 @@ def how_made(made: list, results: Path) -> str:
         ]  # fmt: skip
     lines += pocket_section(results)
     return "\n".join(lines) + "\n"
+
+
+def protocol_section(made: list) -> list[str]:
+    """The protocol ledger: under which conditions each chapter's numbers, and each reported figure, were made."""
+    import pandas as pd
+
+    from dyrate.protocol import reported
+    from dyrate.publish import shown_table
+
+    measured = pd.DataFrame([{"chapter": name} | row for name, _, content in made for row in content["protocol"]])
+    told = reported("protocols").drop(columns="file").rename(columns={"rows": "of the rows"})
+    told["of the rows"] = told["of the rows"].map(lambda query: f"`{query}`" if query else "all")
+    return [
+        "(protocols)=", "## Protocols", "",
+        "A number compares with another only where both were made alike. {numref}`tab-protocols-measured` says how each "
+        "chapter's numbers were made, {numref}`tab-protocols-reported` how the figures that the book cites were: *stated* is "
+        "what a paper says, *inferred* what we conclude, with the reason. The tables scroll sideways.", "",
+        shown_table(measured, "Measured here: one row for each chapter and task.", "tab-protocols-measured").data, "",
+        shown_table(told, "Reported: one row for each group of figures in `data/reported/`.", "tab-protocols-reported").data, "",
+    ]  # fmt: skip
 
 
 def pocket_section(results: Path) -> list[str]:

@@ -53,6 +53,7 @@ class Examples(Sequence):
     items: list[Example]
     source: str
     problems: list[str] = field(default_factory=list)
+    split: str = "all"
 
     def __len__(self) -> int:
         return len(self.items)
@@ -119,7 +120,7 @@ def _pocket(n: int, tasks: Sequence[str], split: str, start: int) -> Examples:
             if turn is not None:
                 items.append(Example(f"{task}-{seed}", task, turn.prompt, references, scene=scene))
                 made += 1
-    return Examples(items, "pocket")
+    return Examples(items, "pocket", split=split)
 
 
 def _turn(scene: Scene, task: str) -> tuple[language.Turn | None, tuple[str, ...]]:
@@ -140,7 +141,7 @@ def _photographs(folder: Path, n: int | None, seed: int, split: str | None) -> E
     if not files:
         raise FileNotFoundError(f"{folder} holds no image ({', '.join(IMAGE_TYPES)})")
     captions, origin = _read_captions(folder)
-    found = Examples([], str(folder))
+    found = Examples([], str(folder), split=split or "all")
     for name in [name for name in captions if name not in files]:
         found.report(f"{origin}: the caption of {name} has no image file in {folder}")
     names = [name for name in captions if name in files]

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import zlib
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,13 @@ def kept_by_word(
                 "row_bias": float(rows[mask[0]].mean() / (side - 1) - 0.5) if mask[0].any() else 0.0,
             })  # fmt: skip
     return found
+
+
+def metric_of(task: str) -> str:
+    """What `scored` computes for a task, in words."""
+    if task == "caption":
+        return f"CIDEr (pycocoevalcap {version('pycocoevalcap')}, PTB tokens; 1 is what papers print as 100)"
+    return "exact match (share)" if task.startswith("qa_") else "right slots (share)"
 
 
 def scored(table: pd.DataFrame, examples: Examples) -> pd.DataFrame:

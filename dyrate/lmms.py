@@ -176,3 +176,18 @@ def table_1(rows: pd.DataFrame) -> pd.DataFrame:
         if column is not None:
             line[column] = scale * row.value
     return pd.DataFrame([line for line in lines.values() if len(line) > 1])
+
+
+def protocols(rows: pd.DataFrame) -> list[dict]:
+    """Rows of `read_results` as lines of the protocol ledger (`dyrate.protocol`), one for each task and harness."""
+    lines = []
+    for (task, harness), found in rows.groupby(["task", "harness"], sort=False):
+        first, around = found.iloc[0], json.loads(found.prompt.iloc[0]) or {}
+        lines.append({
+            "task": task, "source": "lmms-eval's data set", "split": first.split or "not stated",
+            "n": "not stated" if pd.isna(first.n) else int(first.n),
+            "prompt": f"the question in `{first.prompt}`" if around else "the task's question",
+            "ocr": "yes" if around.get("ocr") else "no", "metric": ", ".join(found.metric.unique()),
+            "decoding": "as lmms-eval's task sets it", "harness": harness, "basis": "measured",
+        })  # fmt: skip
+    return lines

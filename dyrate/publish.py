@@ -13,7 +13,9 @@ import pandas as pd
 from IPython.display import Markdown
 from myst_nb import glue
 
+from dyrate.datasets import Examples
 from dyrate.files import write_whole
+from dyrate.protocol import measured
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,6 +29,7 @@ class Chapter:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.numbers: dict[str, dict] = {}
         self.texts: dict[str, str] = {}
+        self.protocols: list[dict] = []
 
     def number(self, key: str, value: float | dict) -> None:
         """Record and glue a headline number: a plain value, or {"value", "low", "high", "n"} with its interval.
@@ -51,9 +54,21 @@ class Chapter:
         path = self.folder / file
         write_whole(path, frame.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
 
+    def protocol(
+        self, examples: Examples | str, *, metric: str | None = None, max_new_tokens: int | None = None, decoding: str = "greedy"
+    ) -> None:
+        """Record under which protocol the chapter's numbers were made (`dyrate.protocol.measured`)."""
+        told = f"{decoding}, at most {max_new_tokens} tokens" if max_new_tokens else "none"
+        self.protocols += measured(examples, metric=metric, decoding=told)
+
     def close(self) -> None:
-        """Write the headline numbers and computed sentences: only now does the chapter count as measured."""
-        content = {"numbers": self.numbers, "texts": self.texts}
+        """Write headline numbers, computed sentences and protocols: only now does the chapter count as measured.
+
+        Raises ValueError if no protocol was stated.
+        """
+        if not self.protocols:
+            raise ValueError(f"chapter {self.name} states no protocol: call chapter.protocol(examples, ...) before close()")
+        content = {"numbers": self.numbers, "texts": self.texts, "protocol": self.protocols}
         write_whole(self.folder / f"{self.name}.json", json.dumps(content, indent=1) + "\n")
 
 
@@ -61,7 +76,8 @@ def shown_table(frame: pd.DataFrame, caption: str, name: str) -> Markdown:
     """A table for the page, to be cited by `name`; blank where nothing is known. Needs the cell's markdown_format `myst`."""
 
     def cell(value) -> str:
-        return "" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
+        text = "" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
+        return f"[{text}]{{.sentence}}" if len(text) > 30 else text  # study.css gives it room
 
     head = "| " + " | ".join(str(c).replace("_", " ") for c in frame.columns) + " |"
     rule = "|" + "|".join("---" if frame[c].dtype == object or frame[c].dtype == "str" else "--:" for c in frame.columns) + "|"

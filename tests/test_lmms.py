@@ -174,6 +174,12 @@ def test_result_files_become_rows_and_table_1(tmp_path):
     assert (gqa.value, gqa.stderr, gqa.n, gqa.kept, gqa.split) == (0.61, 0.01, 100, 0.25, "testdev")
     assert (gqa.model, gqa.harness, f1.n) == ("llava-hf/llava-1.5-7b-hf", "lmms-eval 0.7.3", 9000)
     assert "Briefly" in gqa.prompt and math.isnan(f1.stderr) and math.isnan(f1.kept)
+    told = {(line["task"], line["harness"]): line for line in lmms.protocols(rows)}
+    assert (told["gqa", "lmms-eval 0.7.3"]["split"], told["gqa", "lmms-eval 0.7.3"]["n"]) == ("testdev", 100)
+    assert told["pope", "lmms-eval 0.7.3"]["metric"] == "pope_accuracy, pope_f1_score"
+    assert {line["ocr"] for line in told.values()} == {"no"}
+    with_ocr = rows.assign(prompt='{"ocr": true}')
+    assert {line["ocr"] for line in lmms.protocols(with_ocr)} == {"yes"}
     table = table_1(rows).set_index("model")
     assert table.loc["fastv rate=0.75 (llava-hf/llava-1.5-7b-hf)", "gqa_em"] == pytest.approx(61)
     assert table.loc["llava_hf (x/y)", "pope_acc"] == pytest.approx(85)

@@ -59,6 +59,15 @@ def test_smoke_writes_results_with_provenance(smoke):
         assert list(smoke.glob(f"{notebook.stem}*.csv"))
 
 
+def test_every_chapter_states_its_protocol(smoke):
+    for notebook in runner.NOTEBOOKS:
+        rows = json.loads((smoke / f"{notebook.stem}.json").read_text())["protocol"]
+        assert rows
+        for row in rows:
+            for key in ("task", "source", "split", "n", "prompt", "ocr", "metric", "decoding", "harness", "basis"):
+                assert row[key], f"{notebook.stem}: {key}"
+
+
 def test_what_is_up_to_date_is_skipped(smoke):
     written = (smoke / "01_attention.json").stat().st_mtime_ns
     done = study("--profile", "smoke", "--only", "01")
@@ -166,7 +175,7 @@ def test_internal_links_lead_somewhere_and_nothing_is_loaded_from_outside(book):
 
 
 def test_no_number_is_missing_in_the_pages(book):
-    for page in ("index.html", "analysis/01_attention.html", "made.html"):
+    for page in ("index.html", "analysis/01_attention.html", "analysis/08_errata.html", "made.html"):
         text = (book / page).read_text(encoding="utf-8")
         assert "glue:" not in text
         assert "{numref}" not in text
