@@ -29,7 +29,7 @@ html: .venv/installed
 
 test: .venv/installed
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadgroup
 
 check-results: .venv/installed
 	$(RUN) analysis/run.py --profile pocket --check
