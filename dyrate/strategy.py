@@ -147,11 +147,14 @@ class Strategy:
         super().__init_subclass__(**kwargs)
         STRATEGIES[cls.__name__] = cls
 
-    def __call__(self, model, processor=None) -> AbstractContextManager[Trace]:
-        """Apply to a live model until the context is left. processor: lets the system prompt be told from the rest."""
+    def __call__(self, model, processor=None, *, static: bool = False) -> AbstractContextManager[Trace]:
+        """Apply to a live model until the context is left. processor: lets the system prompt be told from the rest.
+
+        static: run decode steps over buffers that stay in place, on a GPU as CUDA graphs (see `engine.static_steps`).
+        """
         from dyrate.engine import prune  # the engine hands out what strategies see, so it imports this file
 
-        return prune(model, self, processor)
+        return prune(model, self, processor, static=static)
 
     def keep(self, seen: Seen) -> float | Float[Tensor, " batch"]:
         """Share of each row's image tokens, from now on: `image_tokens - floor(rate * image_tokens)` of them stay."""
