@@ -53,7 +53,7 @@ def test_static_steps_equal_eager_ones(family, monkeypatch, name, fields):
     monkeypatch.setitem(static.RECORDERS, "cpu", stand_in(recordings))
     with strategy(model) as trace:
         plain = generate(model, inputs)
-    with strategy(model, static=True) as static_trace:
+    with strategy(model, static=64) as static_trace:
         for _ in range(2):  # the second time over the first one's buffers and recordings
             before = len(recordings)
             out = generate(model, inputs)
@@ -71,7 +71,7 @@ def test_other_decodings(family, decoding):
     strategy = make("LinearAnneal", {"end": 1.0, "steps": 4, "start": 0.3})
     with strategy(model):
         plain = generate(model, inputs, **DECODINGS[decoding])
-    with strategy(model, static=True):
+    with strategy(model, static=64):
         out = generate(model, inputs, **DECODINGS[decoding])
     assert torch.equal(out.sequences, plain.sequences)
 
@@ -84,7 +84,7 @@ def test_buffers_grow_and_shrink(monkeypatch):
         plain = generate(model, inputs)
     stages = strategy.stages(len(decoder_layers(model)))
     assert trace.steps[-1].kv_bytes[-1] < trace.steps[1].kv_bytes[-1] < trace.steps[1].kv_bytes[0]
-    with strategy(model, static=True):
+    with strategy(model, static=64):
         out = generate(model, inputs)
     assert torch.equal(out.sequences, plain.sequences)
     plain = generate(model, inputs)
@@ -96,7 +96,7 @@ def test_buffers_grow_and_shrink(monkeypatch):
 
 def test_the_model_is_left_as_found(family):
     model, inputs = family
-    with pytest.raises(ValueError, match="keep gave"), Broken()(model, static=True):
+    with pytest.raises(ValueError, match="keep gave"), Broken()(model, static=64):
         generate(model, first_row(inputs))
     assert all("forward" not in vars(layer) for layer in decoder_layers(model))
     model.set_attn_implementation("eager")

@@ -135,9 +135,9 @@ def timed(
             stack.enter_context(layer.register_forward_pre_hook(lambda *_: _tick(spans)))
         trace = None
         if strategy is not None:
-            trace = stack.enter_context(strategy(model, static=static))
+            trace = stack.enter_context(strategy(model, static=new_tokens * static))
         elif static:
-            stack.enter_context(static_steps(model))
+            stack.enter_context(static_steps(model, room=new_tokens))
         if deciding:
             stack.enter_context(layer.register_forward_pre_hook(lambda *_: _tick(spans)))
         for turn in range(warm + 1):

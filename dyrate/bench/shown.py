@@ -92,7 +92,7 @@ def gpu_rows(files: list[dict]) -> pd.DataFrame:
 def gpu_sentence(files: list[dict]) -> str:
     """On which GPUs the real shapes were measured, or that they were not, and how to do it."""
     if not files:
-        return f"**Not measured: no GPU was at hand.** `{COMMAND}` fills the table (with `--quick` in some ten minutes)."
+        return f"**Not measured: no GPU was at hand.** `{COMMAND}` fills the table (with `--quick`, its most telling part)."
     places = [f"{', '.join(c['shapes'])} on {c['about']['device']} (torch {c['about']['torch']})" for c in files]
     return f"Measured with random weights: {'; '.join(places)}."
 

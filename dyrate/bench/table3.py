@@ -144,7 +144,8 @@ def measure(model, shape: Shape, machine: roofline.Machine, case: Case, grid: Gr
         }
         for n in grid.lengths
     ]  # fmt: skip
-    needed = sum(to_answer(shape, tokens, longest, case.batch, itemsize).values())
+    needs = to_answer(shape, tokens, longest, case.batch, itemsize)
+    needed = sum(needs.values()) + case.static * needs["cache"]  # a prefill's own cache beside the buffers
     if needed > memory:
         return [row | {"status": f"needs {needed / 1e9:.0f} GB of {memory / 1e9:.0f}"} for row in rows]
     given = {"images": case.images, "native": case.native(shape), "static": case.static}
@@ -163,8 +164,9 @@ def measure(model, shape: Shape, machine: roofline.Machine, case: Case, grid: Gr
             rows = [row | {"deciding_share": deciding_share(deciding)} for row in rows]
     except torch.cuda.OutOfMemoryError:
         runs = []
-    gc.collect()
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        gc.collect()  # what a failed run or a trace in a cycle still holds must not count for the next case
+        torch.cuda.empty_cache()
     return [row | (_numbers(runs, case.batch, row["new_tokens"]) if runs else {"status": "out of memory"}) for row in rows]
 
 

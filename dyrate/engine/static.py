@@ -26,14 +26,14 @@ BUCKET = 32  # slots by which a graph's cache is longer than that of the graph b
 
 @contextmanager
 def static_steps(
-    model: PreTrainedModel, stages: Sequence[int] = (), looks: dict[int, Look] | None = None, room: int = 256
+    model: PreTrainedModel, stages: Sequence[int] = (), looks: dict[int, Look] | None = None, room: int = 64
 ) -> Iterator[None]:
     """Run every step of one token, of `generate` inside the context, over static buffers.
 
     The tokens are those of eager steps. stages: layers before which tokens are dropped. looks: where an observer of the
     model puts what it saw; filled at each replay. room: new tokens that the buffers take before they are made anew, and
-    with them the graphs. Graphs are made at first use and last as long as the context. Raises ValueError for a model on
-    several devices, or without "sdpa" attention.
+    with them the graphs: best the length of an answer. Graphs are made at first use and last as long as the context.
+    Raises ValueError for a model on several devices, or without "sdpa" attention.
     """
     layers = decoder_layers(model)
     if (used := layers[-1].self_attn.config._attn_implementation) != "sdpa":
