@@ -173,10 +173,10 @@ class DyRate(Strategy):
     def push_to_hub(self, name: str, **hub) -> None:
         self.predictor.push_to_hub(name, **hub)
 
-    def __call__(self, model, processor=None):
+    def __call__(self, model, processor=None, **how):
         self.predictor.check_fits(model)
         self.predictor.to(model.device)
-        return super().__call__(model, processor)
+        return super().__call__(model, processor, **how)
 
     def observes(self, n_layers):
         return self.predictor.observed_layers

@@ -147,11 +147,15 @@ class Strategy:
         super().__init_subclass__(**kwargs)
         STRATEGIES[cls.__name__] = cls
 
-    def __call__(self, model, processor=None) -> AbstractContextManager[Trace]:
-        """Apply to a live model until the context is left. processor: lets the system prompt be told from the rest."""
+    def __call__(self, model, processor=None, *, static: int = 0) -> AbstractContextManager[Trace]:
+        """Apply to a live model until the context is left. processor: lets the system prompt be told from the rest.
+
+        static: new tokens for which decode steps get buffers that stay in place, on a GPU replayed as CUDA graphs (see
+        `engine.static_steps`); 0: eager steps.
+        """
         from dyrate.engine import prune  # the engine hands out what strategies see, so it imports this file
 
-        return prune(model, self, processor)
+        return prune(model, self, processor, static=static)
 
     def keep(self, seen: Seen) -> float | Float[Tensor, " batch"]:
         """Share of each row's image tokens, from now on: `image_tokens - floor(rate * image_tokens)` of them stay."""

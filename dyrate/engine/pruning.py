@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 
 from dyrate.engine.cached import PrunedLayer, check_cache_layer, take, take_cached
 from dyrate.engine.observing import decoder_layers, observe, observe_modules
+from dyrate.engine.static import static_steps
 from dyrate.look import Look
 from dyrate.segments import Segments, find_segments, system_ids
 from dyrate.strategy import Seen, Strategy, Vision, choose, kept_count
@@ -31,11 +32,12 @@ _SPARE_SLOTS = 16  # evicted tokens are only masked until so many slots, or an e
 
 
 @contextmanager
-def prune(model: PreTrainedModel, strategy: Strategy, processor=None) -> Iterator[Trace]:
+def prune(model: PreTrainedModel, strategy: Strategy, processor=None, *, static: int = 0) -> Iterator[Trace]:
     """Let `strategy` drop image tokens in every `model.generate` (or forward pass with a cache) until the context is left.
 
     Works with greedy decoding, sampling and beams, left-padded batches and any number of images a prompt. The trace is
-    that of the latest `generate`. Raises an error before the first token for what cannot be pruned, and says what to do.
+    that of the latest `generate`. static: room of `static_steps`; 0: eager steps. Raises an error before the first token
+    for what cannot be pruned, and says what to do.
     """
     layers = decoder_layers(model)
     stages = [s for s in strategy.stages(len(layers)) if s < len(layers)]
@@ -48,6 +50,8 @@ def prune(model: PreTrainedModel, strategy: Strategy, processor=None) -> Iterato
         raise ValueError(f"{strategy}: layer {observed[-1]} is observed too late for a decision before layer {stages[-1]}")
     run = _Pruning(model, strategy, stages, system_ids(processor) if processor is not None else None)
     with ExitStack() as stack:
+        if static:
+            stack.enter_context(static_steps(model, stages, run.looks, static))
         stack.enter_context(observe(model, run.look_at, observed))
         handles = [
             model.register_forward_pre_hook(run.begin, with_kwargs=True),
