@@ -51,7 +51,8 @@ def strategy_of(line: dict, model, processor, learn: Examples, validation: Examp
     about = {k: v for k, v in describe(model).items() if k in ("family", "parameters", "layers", "heads")}
     asked = {"settings": asdict(settings), "model": about, "examples": [e.name for e in (*learn, *validation)]}
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
-    folder = trained / re.sub(r"[^a-z0-9.]+", "-", f"{line['group']} {line['label']} {key}".lower())
+    name = re.sub(r"[^a-z0-9.]+", "-", f"{line['group']} {line['label']}".lower())
+    folder = next(trained.glob(f"*-{key}"), trained / f"{name}-{key}")  # lines of several groups may share one
     if not folder.exists():
         predictor = train(model, processor, learn, settings, validation=validation).predictor
         part = folder.with_name(folder.name + ".part")
