@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from dyrate import metrics
@@ -97,7 +98,11 @@ def run(
         of_task = [e for e in examples if e.task == task]
         chunks += [of_task[i : i + batch_size] for i in range(0, len(of_task), batch_size)]
     done = {(row["strategy"], row["sample"]) for row in _read(folder)}
-    state.wait_for_everyone()  # all have read before one writes, and so divide the same rest
+    if len(folders := set(gather_object([folder.name]))) > 1:  # and all have read before one writes: they divide the same rest
+        raise RuntimeError(
+            f"the processes disagree on what to measure ({', '.join(sorted(folders))}): give each the same model, strategies "
+            "and examples, on GPUs of one kind"
+        )
     left = [(s, c) for s in strategies for c in chunks if not all((s, e.name) in done for e in c)]
     work = left[state.process_index :: state.num_processes]
     bar = tqdm(total=sum(len(chunk) for _, chunk in work), desc="answers", disable=not progress or not state.is_main_process)
@@ -159,7 +164,7 @@ def _described(strategy: Strategy) -> str:
 
 def _sum_of_weights(model) -> float:
     """Tells two checkpoints of one name apart."""
-    return float(sum(p.detach().double().abs().sum() for p in model.get_decoder().parameters()))
+    return sum(float(p.detach().double().abs().sum()) for p in model.get_decoder().parameters())  # devices may differ
 
 
 def _read(folder: Path) -> list[dict]:
