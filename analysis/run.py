@@ -124,7 +124,8 @@ def check_predictors(notebook: Path, values: dict, coming: dict[str, list[str]])
 
     wanted = [line["predictor"] for line in values.get("ablations", []) if "predictor" in line]
     wanted += [values["predictor"]] if "predictor" in values else []
-    wanted += [f"{values['predictors']}/{values['prefix']}*"] if "prefix" in values else []
+    if "prefix" in values:
+        wanted += [f"{values['predictors']}/{start}*" for start in (values["prefix"], *values["others"].values())]
     for path in map(Path, wanted):
         if not fnmatch.filter(there(str(path.parent)), path.name):
             raise FileNotFoundError(f"{notebook.stem}: no predictor {path}: run chapter 02 first, with the same profile")

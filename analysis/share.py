@@ -3,14 +3,15 @@
 accelerate launch analysis/share.py --profile llava-7b --only 03      # a process on each GPU; again, if one was lost
 python analysis/run.py --profile llava-7b
 
-Every process runs the measuring cell of each chapter that stores its answers (3, 4 and 7), which is its first after the
-parameters; `dyrate.evaluate.run` in it divides what is not stored yet.
+Every process runs each chapter that stores its answers (3, 4 and 7), without a kernel and with results thrown away;
+`dyrate.evaluate.run` in it divides what is not stored yet.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import nbformat
 import run as runner
@@ -32,18 +33,19 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     for notebook, values in plan:
         print(f"{notebook.stem}: process {this_process().process_index + 1} of {this_process().num_processes}", flush=True)
-        measure(notebook, {**values, "results": f"build/shared/{profile}-{this_process().process_index}"})
+        run_cells(notebook, {**values, "results": f"build/shared/{profile}-{this_process().process_index}"})
     return 0
 
 
-def measure(notebook, values: dict) -> None:
-    """Run a chapter's parameters, with these values in their place, and the first code cell after them."""
-    code = [cell for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
-    first = next(i for i, cell in enumerate(code) if "parameters" in cell.metadata.get("tags", []))
+def run_cells(notebook: Path, values: dict) -> None:
+    """Run a notebook's code in this process, with these values in place of its parameters."""
     names: dict = {}
-    exec(code[first].source, names)
-    names |= values
-    exec("\n".join(line for line in code[first + 1].source.splitlines() if not line.startswith("%")), names)
+    for cell in nbformat.read(notebook, 4).cells:
+        if cell.cell_type == "code":
+            lines = [line for line in cell.source.splitlines() if not line.startswith("%")]
+            exec(compile("\n".join(lines), f"{notebook.stem}, {cell.id}", "exec"), names)
+            if "parameters" in cell.metadata.get("tags", []):
+                names |= values
 
 
 if __name__ == "__main__":

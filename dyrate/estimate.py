@@ -20,7 +20,8 @@ from dyrate.strategies import STRATEGIES  # noqa: F401  (all are registered befo
 from dyrate.strategy import lineup
 
 TEXT = 56  # text tokens of a prompt, as in the efficiency chapter
-CALIBRATION, CONSTANTS, CONTROLS = 7, 12, 8  # rounds at most; constant rates of chapter 2; controls of chapter 7
+CALIBRATION, CONSTANTS = 7, 12  # rounds at most, and constant rates, in chapter 2
+CONTROLS, FEW = 8, 3  # in chapter 7, and under its other conditions
 LARGE = 1e9  # parameters that want a GPU
 CONTEXT = 2**30  # bytes that a GPU's libraries take
 
@@ -91,8 +92,9 @@ def work(chapter: str, values: dict, layers: int, predictors: Sequence[str]) -> 
     if chapter.startswith("06"):
         return Work(answers=v["n"], **common)
     if chapter.startswith("07"):
-        seeds = len(fnmatch.filter(predictors, f"{v['prefix']}*"))
-        return Work(answers=seeds * v["n_validation"] * len(v["tasks"]) + (seeds + CONTROLS) * per_set, **common)
+        seeds = [len(fnmatch.filter(predictors, f"{start}*")) for start in (v["prefix"], *v["others"].values())]
+        watched = sum(seeds) * v["n_validation"] * len(v["tasks"])
+        return Work(answers=watched + (sum(seeds) + CONTROLS + FEW * len(v["others"])) * per_set, **common)
     return Work()
 
 
