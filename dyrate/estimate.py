@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dyrate.cost import Shape, decode_macs, kv_bytes, prefill_macs, read_bytes, tower_macs
 from dyrate.strategies import STRATEGIES  # noqa: F401  (all are registered before a lineup is made)
 from dyrate.strategy import lineup
+from dyrate.training import Settings
 
 TEXT = 56  # text tokens of a prompt, as in the efficiency chapter
 CALIBRATION, CONSTANTS = 7, 12  # rounds at most, and constant rates, in chapter 2
@@ -81,13 +82,12 @@ def work(chapter: str, values: dict, layers: int, predictors: Sequence[str]) -> 
         return Work(answers=per_set * (len(compared) + len(fnmatch.filter(predictors, v["pattern"]))), **common)
     if chapter.startswith("04"):
         beams = [line.get("generate", {}).get("num_beams", 1) for line in v["ablations"]]
-        training = [line["train"] for line in v["ablations"] if "train" in line]
-        n_tasks, rows = len(v["tasks"]), [t.get("batch", 8) for t in training]
+        training = [Settings(**line["train"]) for line in v["ablations"] if "train" in line]
+        learn, check = (v[key] * len(v["learn_tasks"]) for key in ("n_train", "n_validation"))
         return Work(
-            answers=per_set * sum(beams) + len(training) * CALIBRATION * v["n_validation"] * n_tasks,
-            longest=v["max_new_tokens"], batch=v["batch_size"] * max(beams), taught=len(training) * v["n_train"] * n_tasks,
-            trained=sum(t.get("steps", 200) * t.get("batch", 8) for t in training), train_batch=max(rows, default=1),
-            held=v["n_train"] * n_tasks if training else 0,
+            answers=per_set * sum(beams) + len(training) * CALIBRATION * check, longest=v["max_new_tokens"],
+            batch=v["batch_size"] * max(beams), taught=len(training) * learn, trained=sum(t.steps * t.batch for t in training),
+            train_batch=max((t.batch for t in training), default=1), held=learn if training else 0,
         )  # fmt: skip
     if chapter.startswith("06"):
         return Work(answers=v["n"], **common)
