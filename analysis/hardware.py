@@ -39,11 +39,11 @@ def table() -> pd.DataFrame:
     columns: dict[str, dict[str, float]] = {}
     for profile, shape in PROFILES.items():
         size = profile.removeprefix("llava-").upper()
-        plan = runner.read_plan(profile)[1]
+        plan = [(n, v) for n, v in runner.read_plan(profile)[1] if "model" in v]
         (predictors,) = runner.planned(plan).values()
         for notebook, values in plan:
             work = estimate.work(notebook.stem, {**runner.defaults(notebook), **values}, shape.layers, predictors)
-            need = estimate.memory(work, shape) if work.answers else 0.0
+            need = estimate.memory(work, shape)
             columns.setdefault(f"{size}: GiB", {})[notebook.stem] = need / 2**30
             for card in cards():
                 hours = estimate.seconds(work, shape, card) / 3600 if need <= card.memory else float("nan")
@@ -54,12 +54,12 @@ def table() -> pd.DataFrame:
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """GiB in whole numbers, hours and minutes; a dash where the memory does not suffice or nothing is to be done."""
+    """GiB in whole numbers, hours and minutes; a dash where the memory does not suffice."""
 
     def cell(column: str, value) -> str:
         if column == "chapter":
             return value
-        return "–" if pd.isna(value) or value == 0 else f"{value:.0f}" if "GiB" in column else runner.spoken(3600 * value)
+        return "–" if pd.isna(value) else f"{value:.0f}" if "GiB" in column else runner.spoken(3600 * value)
 
     lines = ["| " + " | ".join(frame.columns) + " |", "|---|" + "--:|" * (len(frame.columns) - 1)]
     rows = frame.itertuples(index=False)
