@@ -43,7 +43,7 @@ def check(lines: Sequence[dict]) -> None:
 
 
 def strategy_of(
-    line: dict, model, processor, learn: Examples, validation: Examples, root: Path, trained: Path, batch_size: int
+    line: dict, model, processor, learn: Examples, validation: Examples, root: Path, trained: Path, batch_size: int = 32
 ) -> Strategy:
     """The strategy that a line means; where it says `train`, the predictor in `trained`, or one trained now and stored there."""
     if "predictor" in line:
