@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dyrate.cost import Shape, decode_macs, kv_bytes, prefill_macs, read_bytes, tower_macs
+from dyrate.cost import Shape, decode_macs, prefill_macs, read_bytes, tower_macs
+from dyrate.memory import parameters, to_answer, to_train
 from dyrate.strategies import STRATEGIES  # noqa: F401  (all are registered before a lineup is made)
 from dyrate.strategy import lineup
 from dyrate.training import Settings
@@ -120,22 +121,14 @@ def seconds(found: Work, shape: Shape, machine: Machine) -> float:
 
 
 def memory(found: Work, shape: Shape, itemsize: int = 2) -> float:
-    """Bytes that the work needs at least: weights, caches, the widest activations, and what training holds."""
-    prompt = TEXT + max(0, shape.patches - 1)
+    """Bytes that the work needs: the larger of answering and, without checkpointing, training (`dyrate.memory`)."""
+    image = max(0, shape.patches - 1)
     rows = min(found.batch, found.answers)
-    peak = rows * kv_bytes(shape, [prompt + found.longest] * shape.layers, itemsize)
-    peak += rows * prompt * (3 * shape.inner + 4 * shape.width) * itemsize
+    needs = [to_answer(shape, [TEXT + image] * shape.layers, found.longest, rows, itemsize)]
     if found.trained:
-        layer = prompt * (4 * shape.inner + 12 * shape.width) * itemsize
-        peak = max(peak, found.train_batch * shape.layers * layer + found.held * prompt * shape.width * itemsize)
-    return weights(shape) * itemsize + peak + CONTEXT
-
-
-def weights(shape: Shape) -> int:
-    """Parameters of decoder, embeddings, vision tower and projector."""
-    tower = shape.tower_layers * (4 * shape.tower_width**2 + 2 * shape.tower_width * shape.tower_inner)
-    projector = shape.tower_width * shape.width + shape.width**2
-    return shape.layers * shape.layer_weights + 2 * shape.width * shape.vocabulary + tower + projector
+        how = {"batch": found.train_batch, "examples": found.held, "checkpointing": False, "itemsize": itemsize}
+        needs.append(to_train(shape, image, TEXT, found.longest, **how))
+    return max(sum(need.values()) for need in needs) + CONTEXT
 
 
 def probe(device: str | torch.device | None = None) -> Machine:
@@ -178,15 +171,15 @@ def name_of_device() -> str:
 
 def check_fits(found: Work, shape: Shape, machine: Machine, model: str) -> None:
     """Raises ValueError that says what is missing and what to change, if the machine cannot do the work."""
-    if weights(shape) > LARGE and machine.memory == float("inf"):
+    if parameters(shape) > LARGE and machine.memory == float("inf"):
         raise ValueError(
-            f"{model} has {weights(shape) / 1e9:.1f} billion parameters and needs a GPU, and none is found here: run where there "
-            "is one, or take the profile pocket"
+            f"{model} has {parameters(shape) / 1e9:.1f} billion parameters and needs a GPU, and none is found here: run where "
+            "there is one, or take the profile pocket"
         )
-    need = memory(found, shape, machine.itemsize)
+    need, weights = memory(found, shape, machine.itemsize), parameters(shape) * machine.itemsize
     if need > machine.memory:
         raise ValueError(
-            f"{model} needs about {need / 2**30:.0f} GiB here, {weights(shape) * machine.itemsize / 2**30:.0f} of them for its "
-            f"weights, and {machine.name} has {machine.memory / 2**30:.0f}: lower batch_size (now {found.batch}) or n_train, or "
-            'take a larger GPU, or several with device_map: "auto"'
+            f"{model} needs about {need / 2**30:.0f} GiB here, {weights / 2**30:.0f} of them for its weights, and {machine.name} "
+            f"has {machine.memory / 2**30:.0f}: lower batch_size (now {found.batch}) or n_train, take a larger GPU, or several "
+            'with device_map: "auto"'
         )
