@@ -21,6 +21,7 @@ from dyrate.datasets import Examples
 from dyrate.metrics import bootstrap
 from dyrate.models import describe
 from dyrate.predictor import DyRate
+from dyrate.processes import this_process
 from dyrate.strategies import STRATEGIES
 from dyrate.strategy import Strategy
 from dyrate.training import Settings, train
@@ -41,7 +42,9 @@ def check(lines: Sequence[dict]) -> None:
             raise ValueError(f"ablation {line}: no strategy is called {line['strategy']}; there are {sorted(STRATEGIES)}")
 
 
-def strategy_of(line: dict, model, processor, learn: Examples, validation: Examples, root: Path, trained: Path) -> Strategy:
+def strategy_of(
+    line: dict, model, processor, learn: Examples, validation: Examples, root: Path, trained: Path, batch_size: int = 32
+) -> Strategy:
     """The strategy that a line means; where it says `train`, the predictor in `trained`, or one trained now and stored there."""
     if "predictor" in line:
         return DyRate.from_pretrained(root / line["predictor"])
@@ -54,10 +57,12 @@ def strategy_of(line: dict, model, processor, learn: Examples, validation: Examp
     name = re.sub(r"[^a-z0-9.]+", "-", f"{line['group']} {line['label']}".lower())
     folder = next(trained.glob(f"*-{key}"), trained / f"{name}-{key}")  # lines of several groups may share one
     if not folder.exists():
-        predictor = train(model, processor, learn, settings, validation=validation).predictor
-        part = folder.with_name(folder.name + ".part")
-        predictor.save_pretrained(part)
-        part.replace(folder)
+        predictor = train(model, processor, learn, settings, validation=validation, batch_size=batch_size).predictor
+        if this_process().is_main_process:
+            part = folder.with_name(folder.name + ".part")
+            predictor.save_pretrained(part)
+            part.replace(folder)
+        this_process().wait_for_everyone()
     return DyRate.from_pretrained(folder)
 
 
@@ -72,7 +77,7 @@ def run(
     check(lines)
     found = []
     for line in lines:
-        strategy = strategy_of(line, model, processor, learn, validation, root, trained)
+        strategy = strategy_of(line, model, processor, learn, validation, root, trained, batch_size)
         rows = evaluate.run(
             model, processor, {line["label"]: strategy}, examples, store, max_new_tokens=max_new_tokens, batch_size=batch_size,
             seed=seed, **line.get("generate", {}),

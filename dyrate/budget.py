@@ -59,15 +59,16 @@ def trajectories(
 
 
 def calibrate(
-    model, processor, predictor, examples: Examples, budget: float, *, rounds: int = 7, progress: bool = True
-) -> dict[str, float]:
+    model, processor, predictor, examples: Examples, budget: float, *, batch_size: int = 32, rounds: int = 7,
+    progress: bool = True,
+) -> dict[str, float]:  # fmt: skip
     """Move the tilt until the mean kept share of real generation is the budget, by bisection: returns tilt and share."""
     low, high = -64.0, 64.0  # more tilt: higher rates, fewer tokens
     best = (float("inf"), 0.0, 0.0)
     tilt = 0.0
     for _ in tqdm(range(rounds), desc="calibrating", disable=not progress):
         predictor.tilt.fill_(tilt)
-        paths = trajectories(model, processor, DyRate.of(predictor), examples)
+        paths = trajectories(model, processor, DyRate.of(predictor), examples, batch_size=batch_size)
         share = float(np.mean([np.mean(path) for path in paths.values()]))
         best = min(best, (abs(share - budget), tilt, share))
         if best[0] < 0.004:

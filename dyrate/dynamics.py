@@ -34,13 +34,15 @@ def seeds(folder: Path, prefix: str) -> dict[str, DyRate]:
     return {label: DyRate.from_pretrained(path) for label, path in found.items()}
 
 
-def kept_paths(model, processor, learned: dict[str, DyRate], examples, max_new_tokens: int) -> pd.DataFrame:
+def kept_paths(model, processor, learned: dict[str, DyRate], examples, max_new_tokens: int, batch_size: int = 32) -> pd.DataFrame:
     """Kept share at every step of every answer under every predictor: strategy, sample, task, step, kept."""
     tasks = {e.name: e.task for e in examples}
     rows = [
         {"strategy": label, "sample": name, "task": tasks[name], "step": t, "kept": share}
         for label, strategy in learned.items()
-        for name, path in trajectories(model, processor, strategy, examples, max_new_tokens=max_new_tokens).items()
+        for name, path in trajectories(
+            model, processor, strategy, examples, max_new_tokens=max_new_tokens, batch_size=batch_size
+        ).items()
         for t, share in enumerate(path)
     ]
     return pd.DataFrame(rows)
@@ -84,7 +86,7 @@ def measure(
 
     only: which controls; default all.
     """
-    paths = kept_paths(model, processor, learned, check, max_new_tokens)
+    paths = kept_paths(model, processor, learned, check, max_new_tokens, batch_size)
     n_layers = model.config.get_text_config().num_hidden_layers
     made = controls(paths, next(iter(learned.values())), n_layers, oracle=examples[0].scene is not None)
     made = {name: strategy for name, strategy in made.items() if only is None or name in only}

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from dyrate import metrics
@@ -27,12 +27,13 @@ from dyrate.files import append_lines, write_whole
 from dyrate.models import describe
 from dyrate.pocket.language import read_description
 from dyrate.pocket.scenes import render
+from dyrate.processes import this_process
 from dyrate.strategy import Strategy
 from dyrate.trace import Trace
 
 PACKAGE = Path(__file__).parent
 # What a stored answer depends on, of this package
-DECIDES = ("engine/*", "strategies/*", "look", "segments", "strategy", "trace", "cost", "datasets", "attention", "predictor")
+DECIDES = ("engine/*", "strategies/*", "look", "segments", "strategy", "trace", "cost", "datasets/*", "attention", "predictor")
 
 
 def answers(
@@ -82,13 +83,13 @@ def run(
 
     strategies: by the label that tables show. store: a folder of finished samples; what another model, strategy, example
     or setting made is never mixed in. A batch is the same in every run, so an interrupt changes no number. Under
-    `accelerate launch` each process takes its part, and all return the whole table. seed: for sampling, if `generate`
-    asks for it.
+    `accelerate launch` each process takes its part of what is left, and all return the whole table. seed: for sampling, if
+    `generate` asks for it.
     """
     settings = {"max_new_tokens": max_new_tokens} | generate
     drawn = settings.get("do_sample", False)
     fixed = settings | {"batch_size": batch_size} | ({"seed": seed} if drawn else {})
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = this_process()
     folder = _folder(store, model, strategies, examples, fixed, state)
     mine = folder / f"part-{state.process_index:03}-of-{state.num_processes:03}.jsonl"
     tasks = dict.fromkeys(e.task for e in examples)
@@ -96,17 +97,22 @@ def run(
     for task in tasks:
         of_task = [e for e in examples if e.task == task]
         chunks += [of_task[i : i + batch_size] for i in range(0, len(of_task), batch_size)]
-    work = [(label, chunk) for label in strategies for chunk in chunks][state.process_index :: state.num_processes]
     done = {(row["strategy"], row["sample"]) for row in _read(folder)}
+    if len(folders := set(gather_object([folder.name]))) > 1:  # and all have read before one writes: they divide the same rest
+        raise RuntimeError(
+            f"the processes disagree on what to measure ({', '.join(sorted(folders))}): give each the same model, strategies "
+            "and examples, on GPUs of one kind"
+        )
+    left = [(s, c) for s in strategies for c in chunks if not all((s, e.name) in done for e in c)]
+    work = left[state.process_index :: state.num_processes]
     bar = tqdm(total=sum(len(chunk) for _, chunk in work), desc="answers", disable=not progress or not state.is_main_process)
     for label, chunk in work:
-        if not all((label, e.name) in done for e in chunk):
-            bar.set_postfix_str(f"{label}, {chunk[0].task}")
-            for batch, images in Examples(chunk, examples.source, examples.problems).batches(len(chunk)):
-                if drawn:  # a batch draws the same words in every run
-                    torch.manual_seed(zlib.crc32(f"{seed} {label} {chunk[0].name}".encode()))
-                rows = _measure(model, processor, label, strategies[label], batch, images, settings)
-                append_lines(mine, [json.dumps(row) for row in rows])
+        bar.set_postfix_str(f"{label}, {chunk[0].task}")
+        for batch, images in Examples(chunk, examples.source, examples.problems).batches(len(chunk)):
+            if drawn:  # a batch draws the same words in every run
+                torch.manual_seed(zlib.crc32(f"{seed} {label} {chunk[0].name}".encode()))
+            rows = _measure(model, processor, label, strategies[label], batch, images, settings)
+            append_lines(mine, [json.dumps(row) for row in rows])
         bar.update(len(chunk))
     bar.close()
     state.wait_for_everyone()
@@ -158,7 +164,7 @@ def _described(strategy: Strategy) -> str:
 
 def _sum_of_weights(model) -> float:
     """Tells two checkpoints of one name apart."""
-    return float(sum(p.detach().double().abs().sum() for p in model.get_decoder().parameters()))
+    return sum(float(p.detach().double().abs().sum()) for p in model.get_decoder().parameters())  # devices may differ
 
 
 def _read(folder: Path) -> list[dict]:

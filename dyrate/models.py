@@ -2,49 +2,78 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
+from dyrate.hub import unreachable
+from dyrate.processes import this_process
+
 POCKET = Path(__file__).resolve().parent.parent / "data" / "pocket"
 FAMILIES = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm")
 # A hub checkpoint may change under its name; the study names the state that it was written for.
-REVISIONS = {"llava-hf/llava-1.5-7b-hf": "b234b804b114d9e37bb655e11cbbb5f5e971b7a9"}
+REVISIONS = {
+    "llava-hf/llava-1.5-7b-hf": "b234b804b114d9e37bb655e11cbbb5f5e971b7a9",
+    "llava-hf/llava-1.5-13b-hf": "5dda2880bda009266dda7c4baff660b95ca64540",
+}
 
 
 def load(name: str | Path = "pocket", *, revision: str | None = None, dtype=None, device_map=None, device=None):
     """Load a vision-language model for inference: returns (model, processor).
 
-    name: "pocket" (the built-in LLaVA), a folder in Hugging Face format, or a hub name. revision: of a hub name; pinned by
-    default for the study's checkpoints. dtype: default bfloat16 on a GPU, float32 on a CPU. device: default the first
-    GPU, else the CPU; device_map is passed on to transformers instead. Nothing downloaded is executed.
+    name: "pocket" (the built-in LLaVA), a folder in Hugging Face format, or a hub name, with "@revision" if you like.
+    revision: of a hub name; pinned by default for the study's checkpoints; any other one's newest state is taken, with a
+    warning that says which it was. dtype: default bfloat16 on a GPU, float32 on a CPU. device: default this process's GPU,
+    else the CPU; device_map ("auto": over all GPUs) is passed on to transformers instead. Nothing downloaded is executed.
 
     Raises FileNotFoundError (no such folder, or a hub checkpoint that is not at hand offline) and ValueError (not a
     vision-language model, or a family that dyrate does not know).
     """
-    source = _source(name)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = origin(name, revision)
+    device = device or this_process().device
     on_gpu = (device_map is not None and torch.cuda.is_available()) or str(device).startswith("cuda")
     dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
-    local = isinstance(source, Path)
-    where = {"revision": None if local else revision or REVISIONS.get(str(name)), "trust_remote_code": False}
+    config = read_config(name, revision)
     try:
-        config = AutoConfig.from_pretrained(source, **where)
-        _check_family(config, name)
-        processor = AutoProcessor.from_pretrained(source, **where)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, device_map=device_map, **where)
+        processor = AutoProcessor.from_pretrained(**where)
+        model = AutoModelForImageTextToText.from_pretrained(**where, dtype=dtype, device_map=device_map)
     except OSError as error:
-        if local:
-            raise FileNotFoundError(f"{source} is not a complete checkpoint in Hugging Face format: {error}") from error
-        raise FileNotFoundError(
-            f"cannot reach {name!r} on the Hugging Face hub, and it is not in the local cache. Download it once where there "
-            f"is a network, with `hf download {name}"
-            f"{' --revision ' + where['revision'] if where['revision'] else ''}`, or pass the folder of a local copy."
-        ) from error
+        raise _missing(where, error) from error
+    if isinstance(where["pretrained_model_name_or_path"], str) and where["revision"] is None:
+        state = f"{where['pretrained_model_name_or_path']}@{config._commit_hash}"
+        warnings.warn(f'took the newest state of a checkpoint: write "{state}" to keep it', stacklevel=2)
     if device_map is None:
         model = model.to(device)
     return model.eval(), processor
+
+
+def read_config(name: str | Path, revision: str | None = None):
+    """A checkpoint's configuration, without its weights. Raises what `load` does."""
+    where = origin(name, revision)
+    try:
+        config = AutoConfig.from_pretrained(**where)
+    except OSError as error:
+        raise _missing(where, error) from error
+    _check_family(config, name)
+    return config
+
+
+def origin(name: str | Path, revision: str | None = None) -> dict:
+    """Where transformers finds a checkpoint: arguments of `from_pretrained`."""
+    if not isinstance(name, Path) and not Path(name).is_dir() and "@" in name:
+        name, _, revision = name.partition("@")
+    source = _source(name)
+    revision = None if isinstance(source, Path) else revision or REVISIONS.get(source)
+    return {"pretrained_model_name_or_path": source, "revision": revision, "trust_remote_code": False}
+
+
+def _missing(where: dict, error: OSError) -> FileNotFoundError:
+    source = where["pretrained_model_name_or_path"]
+    if isinstance(source, Path):
+        return FileNotFoundError(f"{source} is not a complete checkpoint in Hugging Face format: {error}")
+    return unreachable(source, where["revision"], error)
 
 
 def _source(name: str | Path) -> str | Path:

@@ -141,7 +141,7 @@ class Strategy:
 
     compared: ClassVar[bool] = True  # stands in the study's comparison
     each_step: ClassVar[bool] = True  # decide again at every new token, not only in the prefill
-    needs: ClassVar[frozenset[str]] = frozenset()  # of "vision", "no_rope": what is costly to have at hand
+    needs: ClassVar[frozenset[str]] = frozenset()  # of "vision", "no_rope" (costly to have at hand), "scene" (pocket's)
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
@@ -198,9 +198,13 @@ class Strategy:
             rate_field("rate", self.rate)
 
 
-def lineup(shares: Sequence[float], n_layers: int, names: Sequence[str] = ()) -> dict[str, Strategy]:
-    """Strategies to compare, by label: Full, and each of `names` (default: all that are `compared`) at each kept share."""
-    chosen = list(names) or [name for name, cls in STRATEGIES.items() if cls.compared and name != "Full"]
+def lineup(shares: Sequence[float], n_layers: int, names: Sequence[str] = (), *, scenes: bool = True) -> dict[str, Strategy]:
+    """Strategies to compare, by label: Full, and each of `names` (default: all that are `compared`) at each kept share.
+
+    scenes: False for photographs, of which nobody knows what they show: without the strategies that need to.
+    """
+    able = {name: cls for name, cls in STRATEGIES.items() if scenes or "scene" not in cls.needs}
+    chosen = list(names) or [name for name, cls in able.items() if cls.compared and name != "Full"]
     if unknown := set(chosen) - set(STRATEGIES):
         raise ValueError(f"no strategy is called {sorted(unknown)}; there are {sorted(STRATEGIES)}")
     found = {"Full": STRATEGIES["Full"]()}

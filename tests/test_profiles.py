@@ -1,0 +1,187 @@
+"""The profiles of the paper's scale, on a tiny random LLaVA saved in the real format: they run, alone and shared, and tell
+before what would stop them.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from tiny_llava import WORDS, save_tiny_llava
+
+pytestmark = pytest.mark.xdist_group("profiles")  # the study is run once for all
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "analysis"))
+import hardware  # noqa: E402
+import run as runner  # noqa: E402
+
+from dyrate import estimate  # noqa: E402
+from dyrate.cost import LLAVA_7B, LLAVA_13B  # noqa: E402
+
+SMALL = {
+    "n": 4, "n_train": 6, "n_validation": 2, "n_test": 3, "steps": 6, "batch": 2, "batch_size": 4, "max_new_tokens": 12,
+    "budgets": [0.33, 0.75], "others": {"budget .75": "evict-0.75"}, "shares": [0.5], "n_rates": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Forty photographs with two captions each, in nocaps' own form."""
+    folder = tmp_path_factory.mktemp("photographs")
+    draw = random.Random(0)
+    content = {"images": [], "annotations": []}
+    for i in range(40):
+        Image.effect_noise((40 + i, 60), 10 + i).convert("RGB").save(folder / f"{i:04}.jpg")
+        content["images"].append({"id": i, "file_name": f"{i:04}.jpg"})
+        for _ in range(2):
+            content["annotations"].append({"image_id": i, "caption": " ".join(draw.choices(WORDS[:17], k=9))})
+    (folder / "nocaps_val_4500_captions.json").write_text(json.dumps(content))
+    return folder
+
+
+def small(profile: str, model: Path, photographs: Path, results: str, predictors: str) -> dict:
+    """A committed profile with its model, data and sizes replaced, and nothing else."""
+    _, sections = runner.read_profile(profile)
+    old = sections["02_predictor"]["predictors"]
+    there = json.loads(json.dumps(sections).replace(old, predictors))
+    there["04_ablations"]["trained"] = f"{predictors}-of-ablations"
+    for line in there["04_ablations"]["ablations"]:
+        line |= {"train": line["train"] | {"steps": 4, "batch": 2}} if "train" in line else {}
+    for notebook in runner.NOTEBOOKS:
+        values, known = there[notebook.stem], runner.papermill.inspect_notebook(str(notebook))
+        values |= {key: value for key, value in SMALL.items() if key in known}
+        values |= {"results": results}
+        values |= {"model": str(model), "source": str(photographs)} if "model" in known else {}
+    return there
+
+
+@pytest.fixture(scope="module")
+def sections(photographs, tmp_path_factory):
+    """llava-7b on the tiny model."""
+    folder = tmp_path_factory.mktemp("tiny")
+    model = save_tiny_llava(folder / "model")
+    found = small("llava-7b", model, photographs, "build/results/tiny", str(folder / "predictors"))
+    for values in found.values():
+        if "n_validation" in values or "n" in values:
+            values["store"] = str(folder / "answers")
+    for name in ("01_attention", "02_predictor", "06_masks"):
+        found[name].pop("store", None)
+    return found
+
+
+def write(sections: dict, path: Path) -> list[str]:
+    path.write_text(yaml.safe_dump(sections))
+    return ["--profile", str(path)]
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def whole(sections, tmp_path_factory):
+    """Every notebook, in one process."""
+    done = launch("analysis/run.py", *write(sections, tmp_path_factory.mktemp("whole") / "tiny.yaml"), "--force")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    yield done.stdout
+    shutil.rmtree(ROOT / "build" / "analysis" / "tiny")
+
+
+def test_every_notebook_runs_on_a_tiny_llava(whole):
+    for notebook in runner.NOTEBOOKS:
+        content = json.loads((ROOT / "build" / "results" / "tiny" / f"{notebook.stem}.json").read_text())
+        assert content["numbers"] and content["provenance"]["seconds"] > 0
+
+
+def test_the_estimate_counts_what_is_done(whole, sections):
+    """Answers by the ledger against answers stored."""
+    assert "measured: " in whole and "07_dynamics: about 1 min" in whole and "s were estimated" in whole
+    stored = 0
+    for path in Path(sections["03_comparison"]["store"]).glob("*/part-*.jsonl"):
+        stored += path.read_text().count("\n")
+    counted = 0
+    for name in ("03_comparison", "04_ablations", "07_dynamics"):
+        (notebook,) = (n for n in runner.NOTEBOOKS if n.stem == name)
+        values = {**runner.defaults(notebook), **sections[name]}
+        lines = [{k: v for k, v in line.items() if k != "generate"} for line in values.get("ablations", [])]  # beams: no answers
+        values["ablations"] = [{"strategy": "Full"} if "train" in line else line for line in lines]  # nor those that calibrate
+        counted += estimate.work(name, values, 6, ["evict-0.33", "evict-0.75"]).answers
+    assert counted - 2 * sections["07_dynamics"]["n_validation"] == stored  # which two predictors answer without a store
+
+
+def test_two_processes_share_a_chapter(whole, sections, tmp_path):
+    """Both measure, the notebook generates nothing more, and its table is that of one process."""
+    values = {
+        "strategies": ["FastV", "FastVRerank", "RandomPrune", "WorstFirst"],
+        "predictors": "",
+        "store": str(tmp_path / "answers"),
+    }
+    chapter = sections["03_comparison"] | values | {"results": "build/results/shared"}
+    profile = write({"03_comparison": chapter}, tmp_path / "shared.yaml")
+    shared = launch("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "analysis/share.py", *profile)
+    assert shared.returncode == 0, shared.stderr[-3000:]
+    done = launch("analysis/run.py", *profile, "--force")
+    assert done.returncode == 0, done.stderr[-3000:]
+    parts = sorted(path.name for path in (tmp_path / "answers").glob("*/part-*.jsonl"))
+    assert parts == ["part-000-of-002.jsonl", "part-001-of-002.jsonl"]
+    one, two = (ROOT / "build" / "results" / name / "03_comparison_by_task.csv" for name in ("tiny", "shared"))
+    lines = two.read_text().splitlines()
+    assert len(lines) == 6 and set(lines) <= set(one.read_text().splitlines())
+
+
+@pytest.mark.parametrize(("chapter", "change", "message"), [
+    ("01_attention", {"source": "no/photographs"}, "no such folder of photographs: no/photographs"),
+    ("01_attention", {"model": "no/such/model"}, "no such folder: no/such/model"),
+    ("06_masks", {"predictor": "nowhere/evict-0.33"}, "no predictor nowhere/evict-0.33: run chapter 02 first"),
+    ("07_dynamics", {"predictors": "nowhere"}, r"no predictor nowhere/evict-0.33\*: run chapter 02 first"),
+])  # fmt: skip
+def test_what_is_missing_is_said_before_anything_runs(sections, chapter, change, message):
+    (notebook,) = (n for n in runner.NOTEBOOKS if n.stem == chapter)
+    with pytest.raises(FileNotFoundError, match=message):
+        runner.before([(notebook, sections[chapter] | change)])
+
+
+def test_a_machine_that_is_too_small_is_told():
+    work = estimate.Work(answers=100, batch=8)
+    with pytest.raises(ValueError, match=r"7\.1 billion parameters and needs a GPU, and none is found"):
+        estimate.check_fits(work, LLAVA_7B, estimate.Machine("CPU", 1e9, 1e9, 1e-4), "m")
+    card = estimate.Machine("card", 1e14, 1e12, 1e-4, 24e9)
+    estimate.check_fits(work, LLAVA_7B, card, "m")
+    with pytest.raises(ValueError, match=r"m needs about 31 GiB here, 25 of them for .*, and card has 22: lower batch_size"):
+        estimate.check_fits(work, LLAVA_13B, card, "m")
+
+
+def test_long_work_is_asked_for(sections, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "before", lambda plan: {n.stem: 13200.0 for n, _ in plan})
+    monkeypatch.setattr(runner, "run", lambda *arguments: pytest.fail("it began"))
+    profile = write({"01_attention": sections["01_attention"]}, tmp_path / "long.yaml")
+    assert runner.main([*profile, "--force"]) == 3
+    assert re.search(r"about 3 h 40 on this .*; continue with --yes", capsys.readouterr().out)
+
+
+def test_pocket_is_not_probed(monkeypatch):
+    monkeypatch.setattr(estimate, "probe", lambda: pytest.fail("probed"))
+    assert runner.before(runner.read_plan("pocket")[1]) == {}
+
+
+def test_seconds_are_those_of_the_bound():
+    """By hand: decoding at batch 1 reads the weights and the cache at every step; Python takes its time for every layer."""
+    reads = estimate.Machine("slow memory", 1e30, 1e9, 0.0)
+    found = estimate.seconds(estimate.Work(answers=1, longest=2), LLAVA_7B, reads)
+    assert found == pytest.approx(13.5, rel=0.03)  # 6.6e9 weights of 2 bytes, and the cache
+    python = estimate.Machine("slow Python", 1e30, 1e30, 1e-3)
+    assert estimate.seconds(estimate.Work(answers=16, batch=8, longest=64), LLAVA_7B, python) == pytest.approx(2 * 64 * 0.032)
+
+
+def test_the_readmes_table_is_what_the_command_writes():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert hardware.readme(text) == text
+    assert hardware.table().filter(like="GiB").max().max() > 20
