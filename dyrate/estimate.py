@@ -58,6 +58,7 @@ class Work:
     trained: int = 0
     train_batch: int = 1
     held: int = 0
+    checkpointing: bool = False
 
 
 def work(chapter: str, values: dict, layers: int, predictors: Sequence[str]) -> Work:
@@ -75,8 +76,9 @@ def work(chapter: str, values: dict, layers: int, predictors: Sequence[str]) -> 
         budgets = len(v["budgets"])
         return Work(
             answers=budgets * (CALIBRATION * check + unseen), **common,
-            taught=(budgets + 1) * learn + (CONSTANTS + budgets + 2) * unseen, trained=(budgets + 1) * v["steps"] * v["batch"],
-            train_batch=v["batch"], held=learn,
+            taught=(budgets + 1) * learn + (CONSTANTS + budgets + 2) * unseen, held=learn,
+            trained=(budgets + 1) * v["steps"] * v["batch"] * v["accumulate"], train_batch=v["batch"],
+            checkpointing=v["checkpointing"],
         )  # fmt: skip
     if chapter.startswith("03"):
         compared = lineup(v["shares"], layers, v["strategies"], scenes=v["source"] == "pocket")
@@ -87,8 +89,9 @@ def work(chapter: str, values: dict, layers: int, predictors: Sequence[str]) -> 
         learn, check = (v[key] * len(v["learn_tasks"]) for key in ("n_train", "n_validation"))
         return Work(
             answers=per_set * sum(beams) + len(training) * CALIBRATION * check, longest=v["max_new_tokens"],
-            batch=v["batch_size"] * max(beams), taught=len(training) * learn, trained=sum(t.steps * t.batch for t in training),
-            train_batch=max((t.batch for t in training), default=1), held=learn if training else 0,
+            batch=v["batch_size"] * max(beams), taught=len(training) * learn,
+            trained=sum(t.steps * t.batch * t.accumulate for t in training), held=learn if training else 0,
+            train_batch=max((t.batch for t in training), default=1), checkpointing=all(t.checkpointing for t in training),
         )  # fmt: skip
     if chapter.startswith("06"):
         return Work(answers=v["n"], **common)
@@ -116,17 +119,18 @@ def seconds(found: Work, shape: Shape, machine: Machine) -> float:
         total += found.answers / rows * (bound(rows * whole, 0) + max(0, found.longest - 1) * step)
     total += found.taught * bound(whole, 0)
     if found.trained:  # the weights are frozen: backward costs what forward does, twice in attention
-        total += found.trained / found.train_batch * bound(2 * found.train_batch * whole, 0, passes=3)
+        passes = 3 if found.checkpointing else 2
+        total += found.trained / found.train_batch * bound(passes * found.train_batch * whole, 0, passes=3)
     return total
 
 
 def memory(found: Work, shape: Shape, itemsize: int = 2) -> float:
-    """Bytes that the work needs: the larger of answering and, without checkpointing, training (`dyrate.memory`)."""
+    """Bytes that the work needs: the larger of answering and training (`dyrate.memory`)."""
     image = max(0, shape.patches - 1)
     rows = min(found.batch, found.answers)
     needs = [to_answer(shape, [TEXT + image] * shape.layers, found.longest, rows, itemsize)]
     if found.trained:
-        how = {"batch": found.train_batch, "examples": found.held, "checkpointing": False, "itemsize": itemsize}
+        how = {"batch": found.train_batch, "examples": found.held, "checkpointing": found.checkpointing, "itemsize": itemsize}
         needs.append(to_train(shape, image, TEXT, found.longest, **how))
     return max(sum(need.values()) for need in needs) + CONTEXT
 

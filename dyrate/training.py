@@ -46,7 +46,7 @@ class Settings:
     multiply-accumulates ("macs": with a KV cache; "macs_uncached": every step over the whole sequence, most likely the
     paper's) or of the bytes that decoding reads from the cache ("kv_bytes"). distill: imitate the unpruned model's words
     instead of the references'. noise ends at `quiet` of all steps. observed_layers: default the one before the first pruned.
-    firmness 0: no budget.
+    firmness 0: no budget. accumulate: batches to a step, for where memory holds few sequences; the budget is over all of them.
     """
 
     budget: float = 0.33
@@ -58,6 +58,7 @@ class Settings:
     with_step: bool = False
     steps: int = 200
     batch: int = 8
+    accumulate: int = 1
     rate: float = 0.1
     temperature: float = 8.0
     last_temperature: float = 8.0
@@ -163,43 +164,38 @@ def _descend(model, predictor, batches: list[Prepared], settings: Settings, work
     bar = tqdm(range(state["step"], settings.steps), initial=state["step"], total=settings.steps, disable=not progress,
                desc=f"predictor for {settings.budget:.2f} {settings.unit}")  # fmt: skip
     for step in bar:
-        prepared = batches[random.Random(f"{settings.seed} {step // len(batches)}").sample(range(len(batches)), len(batches))[
-            step % len(batches)]]  # fmt: skip
         done = step / settings.steps
         noisy = max(0.0, 1 - done / settings.quiet)
         temperature = settings.temperature + (settings.last_temperature - settings.temperature) * done
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-        noise = gumbel_noise((len(prepared.labels), 1, settings.n_rates), generator).to(model.device) * noisy
-        logits = predictor(prepared.features)
-        choice = gumbel_one_hot(logits, noise, temperature)
-        masks = masks_over_steps(choice, prepared, predictor.rates, settings.residency)
-        words = pruned_logits(model, predictor, prepared, masks, settings.checkpointing)
-        valid = prepared.labels != IGNORE
-        task = _task_loss(words, prepared, valid)
-        n_text = prepared.real[:, : prepared.n_prompt].sum(1) - prepared.image.sum(1)
-        spent = cost(
-            settings.unit, shape, masks.sum(-1), prepared.image.sum(1), n_text, valid, settings.first_pruned_layer
-        ).mean()
-        excess = spent - settings.budget
-        loss = task + state["multiplier"] * excess + settings.firmness / 2 * excess**2
+        group = [_batch(batches, step * settings.accumulate + i, settings.seed) for i in range(settings.accumulate)]
+        drawn = [_draw(predictor, prepared, generator, noisy, temperature, settings, shape) for prepared in group]
+        spent = torch.stack([d.spent.detach() for d in drawn]).mean()
+        _average([spent])
+        # the gradient of multiplier * excess + firmness / 2 * excess^2, whose excess is the mean over all that accumulates
+        pull = state["multiplier"] + settings.firmness * (float(spent) - settings.budget)
         optimizer.zero_grad()
-        loss.backward()
-        excess = excess.detach()
-        _average([*(p.grad for p in predictor.parameters()), excess])
+        task = 0.0
+        for d in drawn:
+            words = pruned_logits(model, predictor, d.prepared, d.masks, settings.checkpointing)
+            loss = _task_loss(words, d.prepared, d.valid)
+            ((loss + pull * d.spent) / len(drawn)).backward()
+            task += float(loss.detach()) / len(drawn)
+        _average([p.grad for p in predictor.parameters()])
         norm = torch.nn.utils.clip_grad_norm_(predictor.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.rate * (1 - 0.9 * done)
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = settings.rate * (1 - 0.9 * done)
         optimizer.step()
-        state["multiplier"] += settings.firmness / 30 * float(excess)
-        share = (masks.detach().sum(-1) / prepared.image.sum(1)[:, None])[valid]
+        state["multiplier"] += settings.firmness / 30 * (float(spent) - settings.budget)
+        share = torch.cat([(d.masks.detach().sum(-1) / d.prepared.image.sum(1)[:, None])[d.valid] for d in drawn])
+        logits = torch.cat([d.logits.detach()[d.valid] for d in drawn])
         state["history"].append({
-            "step": step, "loss": float(loss.detach()), "task": float(task.detach()), "cost": float(spent.detach()),
-            "kept": float(share.mean()), "spread": float(share.std()), "multiplier": state["multiplier"],
-            "entropy": float(torch.distributions.Categorical(logits=logits.detach()[valid]).entropy().mean()),
+            "step": step, "task": task, "cost": float(spent), "kept": float(share.mean()), "spread": float(share.std()),
+            "multiplier": state["multiplier"], "entropy": float(torch.distributions.Categorical(logits=logits).entropy().mean()),
             "gradient": float(norm),
         })  # fmt: skip
         state["step"] = step + 1
-        bar.set_postfix_str(f"loss {task.item():.3f}, cost {spent.item():.3f}, spread {float(share.std()):.3f}")
+        bar.set_postfix_str(f"loss {task:.3f}, cost {float(spent):.3f}, spread {float(share.std()):.3f}")
         if step % 25 == 24 and noisy == 0:
             for sign in diagnostics.while_training(state["history"], 1 / settings.n_rates):
                 if sign.name not in warned:
@@ -208,6 +204,35 @@ def _descend(model, predictor, batches: list[Prepared], settings: Settings, work
         if path is not None and (step % 25 == 24 or step + 1 == settings.steps):
             _save(path, predictor, optimizer, state, settings)
     return Trained(predictor.eval(), state["history"])
+
+
+@dataclass
+class _Drawn:
+    """Masks drawn for one batch: logits of the rates, which steps exist, and what the masks cost."""
+
+    prepared: Prepared
+    logits: Tensor
+    masks: Tensor
+    valid: Tensor
+    spent: Tensor
+
+
+def _batch(batches: list[Prepared], i: int, seed: int) -> Prepared:
+    """The i-th batch of an endless stream in which every epoch has an order of its own."""
+    order = random.Random(f"{seed} {i // len(batches)}").sample(range(len(batches)), len(batches))
+    return batches[order[i % len(batches)]]
+
+
+def _draw(predictor, prepared: Prepared, generator, noisy: float, temperature: float, settings: Settings, shape) -> _Drawn:
+    noise = gumbel_noise((len(prepared.labels), 1, settings.n_rates), generator).to(prepared.hidden.device) * noisy
+    logits = predictor(prepared.features)
+    choice = gumbel_one_hot(logits, noise, temperature)
+    masks = masks_over_steps(choice, prepared, predictor.rates, settings.residency)
+    valid = prepared.labels != IGNORE
+    n_image = prepared.image.sum(1)
+    n_text = prepared.real[:, : prepared.n_prompt].sum(1) - n_image
+    spent = cost(settings.unit, shape, masks.sum(-1), n_image, n_text, valid, settings.first_pruned_layer).mean()
+    return _Drawn(prepared, logits, masks, valid, spent)
 
 
 def _task_loss(words: Tensor, prepared: Prepared, valid: Tensor) -> Tensor:

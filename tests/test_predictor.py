@@ -224,6 +224,23 @@ def test_five_seeds_are_usable(monkeypatch):
     assert all(abs(end - 0.5) < 0.1 for end in ends), ends
 
 
+def test_accumulated_batches_are_one_large_batch(monkeypatch):
+    monkeypatch.setattr(training, "gumbel_noise", lambda shape, generator: torch.zeros(shape))
+    model, inputs = long_images(4)
+    answers = [[5, 9, 11, 30, 7, 2], [8, 40, 9, 3, 6, 2]]
+    found = []
+    for parts in ([[0, 1]], [[0], [1]]):
+        predictor = RatePredictor(4, 5, "llava", n_rates=16)
+        batches = [prepare_tokens(model, {k: v[rows] for k, v in inputs.items()}, [answers[i] for i in rows], predictor)
+                   for rows in parts]  # fmt: skip
+        predictor.start_at(0.9, torch.cat([b.features for b in batches]).flatten(0, 1))
+        settings = Settings(budget=0.5, steps=8, n_rates=16, accumulate=len(parts))
+        found.append(training._descend(model, predictor, batches, settings, None, False).history)
+    whole, parts = ([[row[k] for k in ("task", "cost", "gradient", "multiplier")] for row in history] for history in found)
+    assert parts == [pytest.approx(row, rel=1e-3, abs=1e-5) for row in whole]
+    assert whole[0][2] > 1e-3 and whole[-1][1] < whole[0][1]  # it does learn
+
+
 def test_cost_by_hand():
     shape = Shape(layers=4, width=8, heads=2, kv_heads=2, inner=16, vocabulary=10)
     kept, n, text = torch.tensor([[8.0, 4.0, 0.0]]), torch.tensor([8]), torch.tensor([2])
