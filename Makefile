@@ -29,7 +29,7 @@ html: .venv/installed
 
 test: .venv/installed
 	$(RUN) -m ruff check .
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 check-results: .venv/installed
 	$(RUN) analysis/run.py --profile pocket --check

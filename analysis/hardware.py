@@ -3,7 +3,7 @@
 python analysis/hardware.py            # anew, with Python's time as it was measured
 python analysis/hardware.py --probe    # measure Python's time here first
 
-Speeds are those of the makers' data sheets (`data/reported/gpus.csv`); no GPU was asked.
+Speeds are those of the makers' data sheets (`analysis/gpus.csv`); no GPU was asked.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BEGIN, END = "<!-- written by analysis/hardware.py -->", "<!-- end -->"
 def cards() -> list[Machine]:
     """The GPUs of the data sheets, with Python's time as measured."""
     python = json.loads(PROBE.read_text())["seconds_per_layer"]
-    rows = pd.read_csv(ROOT / "data" / "reported" / "gpus.csv").itertuples()
+    rows = pd.read_csv(ROOT / "analysis" / "gpus.csv").itertuples()
     return [Machine(r.gpu, r.bf16_tflops * 1e12 / 2, r.gb_per_second * 1e9, python, r.memory_gb * 1e9) for r in rows]
 
 

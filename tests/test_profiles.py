@@ -16,7 +16,6 @@ import yaml
 from PIL import Image
 from tiny_llava import WORDS, save_tiny_llava
 
-pytestmark = pytest.mark.xdist_group("profiles")  # the study is run once for all
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "analysis"))
 import hardware  # noqa: E402
