@@ -22,7 +22,7 @@ from dyrate.strategy import lineup
 from dyrate.training import Settings
 
 TEXT = 56  # text tokens of a prompt, as in the efficiency chapter
-CALIBRATION, CONSTANTS = 7, 12  # rounds at most, and constant rates, in chapter 2
+CALIBRATION, CONSTANTS, FORETOLD = 7, 12, 12  # in chapter 2: rounds at most, constant rates, and those set against the gradient
 CONTROLS, FEW = 8, 3  # in chapter 7, and under its other conditions
 LARGE = 1e9  # parameters that want a GPU
 CONTEXT = 2**30  # bytes that a GPU's libraries take
@@ -76,7 +76,7 @@ def work(chapter: str, values: dict, layers: int, predictors: Sequence[str]) -> 
         budgets = len(v["budgets"])
         return Work(
             answers=budgets * (CALIBRATION * check + unseen), **common,
-            taught=(budgets + 1) * learn + (CONSTANTS + budgets + 2) * unseen, held=learn,
+            taught=(budgets + 1) * learn + (CONSTANTS + FORETOLD + budgets + 2) * unseen, held=learn,
             trained=(budgets + 1) * v["steps"] * v["batch"] * v["accumulate"], train_batch=v["batch"],
             checkpointing=v["checkpointing"],
         )  # fmt: skip

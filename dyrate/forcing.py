@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -108,6 +109,19 @@ def pruned_logits(model, predictor: RatePredictor, prepared: Prepared, masks, ch
     return upper_half(model, first, prepared.hidden, prepared.rotary, bias, queries, checkpointing)
 
 
+@contextmanager
+def frozen(model):
+    """No gradient for the base model inside; afterwards each parameter is as it was."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for p in wanted:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in wanted:
+            p.requires_grad_(True)
+
+
 @torch.no_grad()
 def taught(model, predictor: RatePredictor, batches: list[Prepared], rate: float | None = None) -> list[dict]:
     """Teacher-forced loss without noise, one row a sequence: mean cross-entropy (nats a token), mean kept share, rates.
@@ -131,7 +145,9 @@ def taught(model, predictor: RatePredictor, batches: list[Prepared], rate: float
     return rows
 
 
-def foretold(model, predictor: RatePredictor, batches: list[Prepared], rate: float, shown: int = 9) -> list[dict]:
+def foretold(
+    model, predictor: RatePredictor, batches: list[Prepared], rate: float, *, shown: int = 9, checkpointing: bool = False
+) -> list[dict]:
     """What the straight-through gradient at one constant rate foretells for other constant rates, and what they really cost.
 
     One row an answer and rate: task, rate, loss (nats a token), and `foretold`, the loss at `rate` continued along its
@@ -143,7 +159,7 @@ def foretold(model, predictor: RatePredictor, batches: list[Prepared], rate: flo
 
     def losses(prepared, choice):
         masks = masks_over_steps(choice, prepared, predictor.rates, predictor.residency)
-        words = pruned_logits(model, predictor, prepared, masks).float()
+        words = pruned_logits(model, predictor, prepared, masks, checkpointing).float()
         wrong = F.cross_entropy(words.transpose(1, 2), prepared.labels, ignore_index=IGNORE, reduction="none")
         return wrong.sum(1) / (prepared.labels != IGNORE).sum(1)
 
@@ -152,8 +168,9 @@ def foretold(model, predictor: RatePredictor, batches: list[Prepared], rate: flo
 
     for prepared in batches:
         choice = constant(prepared, here).requires_grad_()
-        start = losses(prepared, choice)
-        (gradient,) = torch.autograd.grad(start.sum(), choice)
+        with frozen(model):
+            start = losses(prepared, choice)
+            (gradient,) = torch.autograd.grad(start.sum(), choice)
         for index in others:
             with torch.no_grad():
                 real = losses(prepared, constant(prepared, index))

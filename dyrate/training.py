@@ -5,8 +5,9 @@
 
 What broke in trials, and what stands against it here: samples of a rate are drawn with noise that one answer shares over all its
 steps, and the predictor starts at the budget, for otherwise the lowest of many samples wins at once and later rates are inert;
-the noise fades to none, so that training ends with the likeliest rate that is deployed; the multiplier of the budget adapts;
-and a last calibration measures real generation.
+the noise fades early, so that most of training sees the likeliest rate that is deployed; batches mix tasks, for a batch of one
+task would hold that task to the budget; the relaxation is hot, for a cold one saturates and passes no gradient; the multiplier of
+the budget adapts; and a last calibration measures real generation.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import argparse
 import json
 import random
 import subprocess
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from dyrate.cost import shape_of
 from dyrate.datasets import Examples
 from dyrate.diagnostics import Sign
 from dyrate.files import write_whole
-from dyrate.forcing import IGNORE, Prepared, masks_over_steps, prepare, pruned_logits
+from dyrate.forcing import IGNORE, Prepared, frozen, masks_over_steps, prepare, pruned_logits
 from dyrate.models import load
 from dyrate.predictor import RatePredictor, gumbel_noise, gumbel_one_hot
 
@@ -132,19 +132,6 @@ def train(
         batches = [prepare(model, processor, *pair, predictor) for pair in validation.batches(settings.batch)]
     trained.signs = diagnostics.signs(model, processor, predictor, batches, trained.history, validation)
     return trained
-
-
-@contextmanager
-def frozen(model):
-    """No gradient for the base model inside; afterwards each parameter is as it was."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    for p in wanted:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in wanted:
-            p.requires_grad_(True)
 
 
 @torch.no_grad()

@@ -178,7 +178,7 @@ def test_gradients_reach_every_row_and_no_base_weight(family, residency):
     prepared = prepare_tokens(model, inputs, ANSWERS, predictor)
     noise = gumbel_noise((2, 6, 8), torch.Generator().manual_seed(0))
     masks = masks_over_steps(gumbel_one_hot(predictor(prepared.features), noise, 1.0), prepared, predictor.rates, residency)
-    with training.frozen(model):
+    with forcing.frozen(model):
         words = pruned_logits(model, predictor, prepared, masks, checkpointing=True)
         valid = prepared.labels != IGNORE
         torch.nn.functional.cross_entropy(words[valid], prepared.labels[valid]).backward()
