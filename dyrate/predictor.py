@@ -5,7 +5,9 @@ The equations are small pure functions; `RatePredictor` is the linear classifier
 
 from __future__ import annotations
 
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -132,7 +134,8 @@ class RatePredictor(nn.Module, PyTorchModelHubMixin, paper_url="https://arxiv.or
 
     def extra_repr(self) -> str:
         """Tells predictors apart that differ in their weights only."""
-        return f"weights={float(self.linear.weight.abs().sum() + self.linear.bias.abs().sum()):.9g}, tilt={float(self.tilt):.9g}"
+        weights = sum(float(p.detach().abs().sum()) for p in self.linear.parameters())
+        return f"weights={weights:.9g}, tilt={float(self.tilt):.9g}"
 
     def check_fits(self, model) -> None:
         """Raises ValueError that says what differs between a model and the one that this predictor was trained for."""
@@ -161,7 +164,8 @@ class DyRate(Strategy):
 
     @classmethod
     def from_pretrained(cls, name: str, **hub) -> DyRate:
-        return cls.of(RatePredictor.from_pretrained(str(name), **hub).eval())
+        with redirect_stdout(StringIO()):  # the hub's mixin prints where it loads from
+            return cls.of(RatePredictor.from_pretrained(str(name), **hub).eval())
 
     @classmethod
     def of(cls, predictor: RatePredictor) -> DyRate:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 from myst_nb import glue
@@ -73,13 +74,27 @@ class Chapter:
 
 
 def shown_table(frame: pd.DataFrame, caption: str, name: str) -> Markdown:
-    """A table for the page, to be cited by `name`; blank where nothing is known. Needs the cell's markdown_format `myst`."""
+    """A table for the page, to be cited by `name`; blank where nothing is known. Needs the cell's markdown_format `myst`.
 
-    def cell(value) -> str:
-        text = "" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
-        return f"[{text}]{{.sentence}}" if len(text) > 30 else text  # study.css gives it room
-
+    The numbers of a column have the same decimals, four digits in the largest; text that reads as a number is shown as it is.
+    """
+    columns = [_as_shown(frame.iloc[:, i]) for i in range(frame.shape[1])]
     head = "| " + " | ".join(str(c).replace("_", " ") for c in frame.columns) + " |"
-    rule = "|" + "|".join("---" if frame[c].dtype == object or frame[c].dtype == "str" else "--:" for c in frame.columns) + "|"
-    body = ["| " + " | ".join(cell(v) for v in row) + " |" for row in frame.itertuples(index=False)]
+    rule = "|" + "|".join("--:" if numbers else "---" for _, numbers in columns) + "|"
+    body = ["| " + " | ".join(row) + " |" for row in zip(*(cells for cells, _ in columns), strict=True)]
     return Markdown("\n".join([f":::{{table}} {caption}", f":name: {name}", "", head, rule, *body, ":::"]))
+
+
+def _as_shown(column: pd.Series) -> tuple[list[str], bool]:
+    """The cells of a column as text, and whether they are numbers."""
+    known = pd.to_numeric(column, errors="coerce")
+    numbers = bool(known.notna().sum() == column.notna().sum() > 0)
+    form = "{}"
+    if pd.api.types.is_float_dtype(column) and numbers:
+        largest = known.abs().max()
+        most = min(3, max(0, 3 - int(np.floor(np.log10(largest))))) if largest > 0 else 0
+        form = f"{{:.{next((d for d in range(most) if np.allclose(known.dropna(), known.dropna().round(d), atol=1e-9)), most)}f}}"
+    elif column.dtype == object:
+        form = "{:.4g}" if numbers else "{}"  # measured beside reported
+    cells = ["" if pd.isna(value) else str(value) if isinstance(value, str) else form.format(value) for value in column]
+    return [f"[{text}]{{.sentence}}" if len(text) > 30 else text for text in cells], numbers  # study.css gives sentences room

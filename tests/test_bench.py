@@ -123,8 +123,8 @@ def test_the_chapter_shows_gpus_and_says_where_there_is_none(tmp_path):
     files = shown.gpu_files(tmp_path)
     found = shown.gpu_verdicts(files)
     assert found[found.model == "llava-1.5-7b"].set_index("what").verdict.to_dict() == {
-        "prefill_realised_r50": "met", "prefill_realised_r90": "not measured", "decode_b64_r90_realised": "not measured",
-        "deciding_share": "missed",
+        "prefill, R = .5": "met", "prefill, R = .9": "not measured", "decode, batch 64, R = .9": "not measured",
+        "deciding / decode step (time)": "missed",
     }  # fmt: skip
     table = shown.beside_reported(reported, files)
     assert table["A GPU prefill ms, measured"][0] == 50

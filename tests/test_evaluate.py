@@ -116,6 +116,8 @@ def test_scores_and_differences(pocket, tmp_path):
                          max_new_tokens=60, batch_size=4, progress=False)  # fmt: skip
     scored = evaluate.scored(found, examples)
     assert scored.score.notna().all() and scored.invented.notna().sum() > 0
+    alone = evaluate.scored(found[found.strategy == "blind"], examples)
+    assert alone.score.tolist() == pytest.approx(scored[scored.strategy == "blind"].score.tolist())
     summary = evaluate.compare(scored).set_index(["strategy", "task"])
     full, blind = summary.loc["Full"], summary.loc["blind"]
     assert (full.difference_value == 0).all() and (full.macs_share == 1).all()

@@ -13,6 +13,7 @@ import pytest
 
 from dyrate.metrics import (
     bootstrap,
+    bootstrap_crossed,
     caption_scores,
     exact_match,
     normalize_vqa,
@@ -101,3 +102,15 @@ def test_bootstrap_covers_the_mean():
     rng = np.random.default_rng(0)
     inside = sum(f["low"] <= 1 <= f["high"] for f in (bootstrap(rng.normal(1, 2, 60), resamples=300) for _ in range(100)))
     assert 85 <= inside <= 100
+
+
+def test_the_crossed_bootstrap_knows_samples_and_seeds():
+    values = np.random.default_rng(0).normal(0, 1, 40)
+    alone = bootstrap_crossed(values[:, None])
+    assert {k: alone[k] for k in ("value", "n")} == {k: bootstrap(values)[k] for k in ("value", "n")}
+    assert (alone["low"], alone["high"]) == pytest.approx((bootstrap(values)["low"], bootstrap(values)["high"]), abs=0.05)
+    same = bootstrap_crossed(np.tile(values[:, None], 5))  # seeds that agree tell no more than one
+    assert same["high"] - same["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.1)
+    apart = bootstrap_crossed(values[:, None] + np.array([-2, -1, 0, 1, 2]))
+    assert apart["value"] == pytest.approx(alone["value"]) and apart["seeds"] == 5
+    assert apart["high"] - apart["low"] > 2 * (alone["high"] - alone["low"])

@@ -11,12 +11,15 @@ import pandas as pd
 from dyrate.bench import table3
 
 LABELS = {
+    "keep1_over_plain": "keep all / plain generate (time)",
     "prefill_realised_r50": "prefill, R = .5",
     "prefill_realised_r90": "prefill, R = .9",
     "decode_b8_r90_realised": "decode, batch 8, R = .9",
+    "decode_b64_r90_realised": "decode, batch 64, R = .9",
     "decode_b8_r90_each_step_realised": "the same, a new rate each step",
     "decode_b8_dyrate_realised": "decode, batch 8, DyRate at a forced rate",
     "decode_b8_r90_hide_realised": "decode, batch 8, R = .9, hidden (masked)",
+    "deciding_share": "deciding / decode step (time)",
 }
 COMMAND = "python -m dyrate.bench prune --shape llava-1.5-7b --out data/results/<gpu>/bench.json"
 
@@ -25,8 +28,9 @@ def savings(measured: dict) -> pd.DataFrame:
     """Realised shares of the small bench, with their bars."""
     found, bars = measured["results"], measured["bars"]
     return pd.DataFrame(
-        {"case": label, "bar": bars.get(key, float("nan"))} | found[key] for key, label in LABELS.items() if key in found
-    )
+        {"case": label, "bar": bars.get(key, float("nan"))} | found[key]
+        for key, label in LABELS.items() if "realised" in key and key in found
+    )  # fmt: skip
 
 
 def verdicts(results: dict, bars: dict, met: Callable[[str, float], bool]) -> pd.DataFrame:
@@ -35,8 +39,15 @@ def verdicts(results: dict, bars: dict, met: Callable[[str, float], bool]) -> pd
     for name, bar in bars.items():
         value = results.get(name, {}).get("value", float("nan"))
         verdict = ("met" if met(name, value) else "missed") if name in results else "not measured"
-        rows.append({"what": name, "measured": value, "bar": bar, "verdict": verdict})
+        rows.append({"what": LABELS[name], "measured": value, "bar": bar, "verdict": verdict})
     return pd.DataFrame(rows)
+
+
+def medians(measured: dict) -> pd.DataFrame:
+    """The times and sizes behind the ratios of the small bench."""
+    table = pd.DataFrame(measured["table"])
+    names = {"prefill_ms": "prefill (ms)", "ms_per_token": "a decode step (ms)", "cache_mib": "cache (MiB)"}
+    return table.assign(case=table.case.map(LABELS))[["case", "way", *names]].rename(columns=names)
 
 
 def gpu_files(folder: Path) -> list[dict]:
@@ -67,9 +78,8 @@ def beside_reported(reported: pd.DataFrame, files: list[dict]) -> pd.DataFrame:
 
 
 def _number(shape: dict, line, key: str) -> float:
-    method = {
-        "Original": "Full", "FastV": f"FastV K={line.K:.0f} R=.5", "VTW": f"VTW K={line.K:.0f}", "DyRate": "DyRate 0.33",
-    }[line.method]  # fmt: skip
+    layer = f"K={float(line.K):.0f}"
+    method = {"Original": "Full", "FastV": f"FastV {layer} R=.5", "VTW": f"VTW {layer}", "DyRate": "DyRate 0.33"}[line.method]
     rows = shape.get("rows", {}).get(f"{method}, batch 1, images 1, static", [{}])
     return rows[0].get(key, float("nan"))
 

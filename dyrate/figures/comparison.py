@@ -18,7 +18,7 @@ def method_styles() -> dict[str, dict]:
     palette = seaborn.color_palette("colorblind", 10)
     found = {"Full": {"color": "black", "marker": "*", "linestyle": "-"}}
     for i, name in enumerate(published):
-        found[name] = {"color": palette[i % 10], "marker": "osD^vPXp<>"[i % 10], "linestyle": "-"}
+        found[name] = {"color": palette[i % 10], "marker": "osD^vPXp<"[i % 9], "linestyle": "-"}
     for i, name in enumerate(controls):
         found[name] = {"color": "#777777", "marker": "1234+x|_.,"[i % 10], "linestyle": ":"}
     return found
@@ -29,10 +29,12 @@ def pareto(summary: pd.DataFrame, groups: dict[str, str]) -> Figure:
 
     summary: rows of `evaluate.compare` with `method`. groups: task -> what its score is.
     """
-    figure, axes = axes_of(10.5, 4.0, len(groups))
-    axes = np.atleast_1d(axes)
+    columns = min(2, len(groups))
+    lines = -(-len(groups) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.6 * lines))
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
     styles = method_styles()
-    for axis, (task, unit) in zip(axes, groups.items(), strict=True):
+    for axis, (task, unit) in zip(axes, groups.items(), strict=False):
         rows = summary[summary.task == task]
         full = rows[rows.method == "Full"].iloc[0]
         axis.axhline(full.value, color="black", linewidth=0.9)
@@ -46,7 +48,11 @@ def pareto(summary: pd.DataFrame, groups: dict[str, str]) -> Figure:
             )  # fmt: skip
         axis.set(title=task, xlabel="decoder multiply-accumulates\n(% of Full)", ylabel=unit)
     handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right center", fontsize=7)
+    if len(groups) < len(axes):
+        axes[-1].set_axis_off()
+        axes[-1].legend(handles, names, loc="center", ncols=2, frameon=False)
+    else:
+        figure.legend(handles, names, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -70,9 +76,9 @@ def loss_heat(summary: pd.DataFrame) -> Figure:
 def ablation_dots(table: pd.DataFrame, unit: str) -> Figure:
     """Mean score of each ablation with its interval, one panel a group; the kept share beside each label."""
     groups = list(dict.fromkeys(table.group))
-    columns = min(3, len(groups))
+    columns = min(2, len(groups))
     lines = -(-len(groups) // columns)
-    figure = Figure(figsize=(10.2, 2.3 * lines))
+    figure = Figure(figsize=(4.6 * columns, 2.1 * lines))
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis, group in zip(axes, groups, strict=False):
         rows = table[table.group == group]
@@ -93,15 +99,17 @@ def kept_patches(picture, masks: np.ndarray, words: list[str], shown: int = 5) -
     """The paper's Fig. 4: which patches are left at some steps, and the dropped share over all. masks: (step, patch)."""
     side = round(masks.shape[1] ** 0.5)
     steps = np.unique(np.linspace(0, len(masks) - 1, shown).round().astype(int))
-    figure, axes = axes_of(11.5, 2.3, len(steps) + 1, width_ratios=[1] * len(steps) + [1.6])
-    for axis, step in zip(axes, steps, strict=False):
+    figure = Figure(figsize=(8.6, 3.9))
+    above, below = figure.subfigures(2, 1, height_ratios=[1.15, 1])
+    for axis, step in zip(above.subplots(1, len(steps), squeeze=False)[0], steps, strict=True):
         axis.imshow(dimmed(picture, masks[step].reshape(side, side)))
-        axis.set_title(f"step {step}: {words[step]}", fontsize=8)
+        axis.set_title(f"step {step}: {words[step]}", fontsize=9)
         axis.set_axis_off()
     rates = 1 - masks.mean(1)
-    axes[-1].step(range(len(rates)), rates, where="mid", color="#D55E00")
-    axes[-1].plot(steps, rates[steps], "o", color="#D55E00", markersize=4)
-    axes[-1].set(xlabel="generation step (token)", ylabel="dropped share", ylim=(-0.02, 1.02))
+    axis = below.subplots()
+    axis.step(range(len(rates)), rates, where="mid", color="#D55E00")
+    axis.plot(steps, rates[steps], "o", color="#D55E00", markersize=4)
+    axis.set(xlabel="generation step (token)", ylabel="dropped share", ylim=(-0.02, 1.02))
     return figure
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dyrate.figures.style import axes_of
 
@@ -25,15 +26,20 @@ def forest(rows: pd.DataFrame, xlabel: str) -> Figure:
         axis.set_yticks(y, found.task.str.replace("_", " "))
         axis.set_title(question.replace(" against ", "\nagainst "), fontsize=8)
         axis.set_xlabel(xlabel)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
     return figure
 
 
 def mean_schedules(rows: pd.DataFrame) -> Figure:
-    """Kept share at each step of generation, mean over answers: what each schedule does over time."""
-    figure, axis = axes_of(7.2, 3.0)
-    for name, dash in zip(dict.fromkeys(rows.strategy), ("-", "--", ":", "-.") * 4, strict=False):
+    """Kept share at each step of generation, mean over answers: the predictor's seeds, and the controls that know the step."""
+    figure, axis = axes_of(7.2, 3.4)
+    controls = {"mean trajectory": ("#0072B2", "-"), "annealing": ("#D55E00", "--"), "constant": ("black", ":")}
+    seeds = [name for name in dict.fromkeys(rows.strategy) if name not in controls]
+    for name in [*seeds, *controls]:
         found = rows[rows.strategy == name].groupby("step").kept.mean()
-        axis.plot(found.index, found, dash, label=name)
+        colour, dash = controls.get(name, ("#56B4E9", "-"))
+        label = name if name in controls else "DyRate, each seed" if name == seeds[0] else None
+        axis.plot(found.index, found, dash, color=colour, linewidth=2 if name in controls else 1, label=label)
     axis.set(xlabel="generation step (token)", ylabel="kept share of image tokens", ylim=(0, 1.02))
-    axis.legend(loc="upper right", ncols=2, fontsize=7)
+    axis.legend(loc="upper right")
     return figure

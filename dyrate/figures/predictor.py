@@ -13,7 +13,7 @@ from dyrate.segments import SEGMENTS
 
 def training_curves(history: pd.DataFrame) -> Figure:
     """Loss, cost and spread of the rates over training, one line a budget; dashed: the budget asked for."""
-    figure, axes = axes_of(9.6, 3.0, 3)
+    figure, axes = axes_of(9.2, 3.4, 3)
     labels = {
         "task": "cross-entropy (nats a token)",
         "cost": "kept share of image tokens",
@@ -25,7 +25,9 @@ def training_curves(history: pd.DataFrame) -> Figure:
             axis.plot(rows.step, rows[column].rolling(10, min_periods=1).mean(), color=colour, label=f"{budget:g}")
             axis.set(xlabel="training step", ylabel=label)
         axes[1].axhline(budget, color=colour, linestyle="--", linewidth=0.8)
-    axes[0].legend(title="budget", loc="best")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), title="budget", loc="outside upper center", ncols=history.budget.nunique()
+    )
     return figure
 
 
