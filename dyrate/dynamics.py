@@ -228,16 +228,29 @@ def helps(found: pd.DataFrame, question: str) -> str:
 
 
 def sentence(found: pd.DataFrame) -> str:
-    """The three verdicts in words, with their intervals."""
+    """The three verdicts in words, and DyRate as a whole against constants, with their intervals."""
     words = {
         "a schedule against a constant": ("a schedule", "a constant rate"),
         "adapting against its mean schedule": ("adapting to the input", "one schedule for all"),
         "learning against annealing": ("learning", "a straight line"),
+        "DyRate against a constant": ("DyRate as a whole", "a constant rate"),
+        "DyRate against a constant of the task": ("it", "one constant for each kind of task"),
     }
     pooled = _pooled(found)
     said = []
-    for question, (one, other) in words.items():
-        row = pooled[pooled.question == question].iloc[0]
+    for row in pooled[pooled.question.isin(list(words))].itertuples():
+        one, other = words[row.question]
         verb = "beats" if row.low > 0 else "loses to" if row.high < 0 else "cannot be told from"
         said.append(f"{one} {verb} {other} ({row.value:+.3f}, {row.low:+.3f} to {row.high:+.3f})")
-    return "**At equal mean kept share " + "; ".join(said) + ".** Differences in the score, 95 % intervals."
+    asked, whole = said[: len(ASKED)], said[len(ASKED) :]
+    return (
+        f"**At equal mean kept share {'; '.join(asked)}.** "
+        + (f"{'; '.join(whole)}. " if whole else "")
+        + "Differences in the score, 95 % intervals."
+    )
+
+
+def shares_by_task(scored: pd.DataFrame, learned: Sequence[str]) -> str:
+    """What DyRate keeps of each task, mean over its seeds, from most to least, in words."""
+    kept = scored[scored.strategy.isin(list(learned))].groupby("task").kept.mean().sort_values(ascending=False)
+    return ", ".join(f"{share:.2f} for {task.replace('_', ' ')}" for task, share in kept.items())

@@ -73,6 +73,12 @@ class Chapter:
         write_whole(self.folder / f"{self.name}.json", json.dumps(content, indent=1) + "\n")
 
 
+def recorded(results: str, name: str) -> dict:
+    """What a chapter wrote into a folder of results, relative to the repository; empty if it was not run there."""
+    path = ROOT / results / f"{name}.json"
+    return json.loads(path.read_text()) if results and path.exists() else {}
+
+
 def shown_table(frame: pd.DataFrame, caption: str, name: str) -> Markdown:
     """A table for the page, to be cited by `name`; blank where nothing is known. Needs the cell's markdown_format `myst`.
 

@@ -135,6 +135,7 @@ def test_verdicts_are_paired_and_said_plainly():
     assert value["learning against annealing"] == pytest.approx(0.1)
     said = sentence(found)
     assert "a schedule beats a constant rate (+0.200" in said and "learning beats a straight line" in said
+    assert "DyRate as a whole beats a constant rate (+0.200" in said and "each kind of task" not in said  # not measured here
 
 
 def test_a_line_that_trains_is_trained_once(tmp_path, monkeypatch):
