@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from dyrate import evaluate
@@ -27,6 +28,7 @@ from dyrate.strategy import Strategy
 from dyrate.training import Settings, train
 
 KEYS = {"group", "label", "strategy", "fields", "generate", "train", "predictor"}
+CONSTANT = "constant rate"  # the group of lines that the others are set against
 
 
 def check(lines: Sequence[dict]) -> None:
@@ -86,13 +88,58 @@ def run(
     return pd.concat(found, ignore_index=True)
 
 
+def constants(shares: Sequence[float]) -> list[dict]:
+    """Lines that keep the same share at every step: what the others are set against, each at its own kept share."""
+    return [{"group": CONSTANT, "label": f"{x:g}", "strategy": "Constant", "fields": {"rate": 1 - x}} for x in sorted(shares)]
+
+
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row for each group, label and task: mean score with its interval, mean kept share, decoder multiply-accumulates."""
+    """One row for each group, label and task: mean score with its interval, mean kept share, decoder multiply-accumulates.
+
+    over, over_low, over_high: difference from a constant rate at the same kept share, on the same samples. The constant's score
+    is interpolated between the lines of `constants`; NaN where none of them keeps as little.
+    """
     table = []
     for (group, label, task), found in rows.groupby(["group", "label", "task"], sort=False):
         score = bootstrap(found.score)
+        kept = found.kept.mean()
+        same = _constant_at(kept, rows[(rows.group == CONSTANT) & (rows.task == task)])
+        over = bootstrap((found.set_index("sample").score - same).dropna())
         table.append(
-            {"group": group, "label": label, "task": task, **score, "kept": found.kept.mean(),
-             "macs": (found.prefill + found.decode).mean(), "tokens": found.tokens.mean()}
+            {"group": group, "label": label, "task": task, **score, "kept": kept, "over": over["value"], "over_low": over["low"],
+             "over_high": over["high"], "macs": (found.prefill + found.decode).mean(), "tokens": found.tokens.mean()}
         )  # fmt: skip
     return pd.DataFrame(table)
+
+
+def _constant_at(kept: float, lines: pd.DataFrame) -> pd.Series:
+    """Score of each sample under a constant rate that keeps this share, between the two measured ones next to it."""
+    shares = lines.groupby("label").kept.mean().sort_values()
+    above = int(np.searchsorted(shares, kept - 1e-6))
+    scores = lines.pivot(index="sample", columns="label", values="score")
+    if above == len(shares) or (above == 0 and kept < shares.min() - 1e-6):
+        return pd.Series(np.nan, index=scores.index)
+    high = scores[shares.index[above]]
+    if above == 0:
+        return high
+    part = (kept - shares.iloc[above - 1]) / (shares.iloc[above] - shares.iloc[above - 1])
+    return (1 - part) * scores[shares.index[above - 1]] + part * high
+
+
+def finding(table: pd.DataFrame) -> str:
+    """Which group of lines differs most from a constant rate at equal kept share, its best and its worst line, in words."""
+    known = table[(table.group != CONSTANT) & table.over.notna()]
+    if known.empty:
+        return "**No line keeps a share at which a constant rate was measured.**"
+    spread = known.groupby("group", sort=False).over.agg(lambda v: v.max() - v.min()).sort_values(ascending=False)
+    lines = known[known.group == spread.index[0]].sort_values("over")
+    ends = (
+        f"{row.over:+.3f} ({row.over_low:+.3f} to {row.over_high:+.3f}) with *{row.label}*"
+        for row in (lines.iloc[-1], lines.iloc[0])
+    )
+    better, worse = (known.over_low > 0).sum(), (known.over_high < 0).sum()
+    return (
+        f"**Set against a constant rate that keeps as much, *{spread.index[0]}* matters most: "
+        f"{' against '.join(dict.fromkeys(ends))}; of {len(known)} lines {better} are better than the constant and "
+        f"{worse} worse.** The groups by their spread: {', '.join(spread.index)}."
+    )

@@ -88,8 +88,8 @@ def work(chapter: str, values: dict, layers: int, predictors: Sequence[str]) -> 
         training = [Settings(**line["train"]) for line in v["ablations"] if "train" in line]
         learn, check = (v[key] * len(v["learn_tasks"]) for key in ("n_train", "n_validation"))
         return Work(
-            answers=per_set * sum(beams) + len(training) * CALIBRATION * check, longest=v["max_new_tokens"],
-            batch=v["batch_size"] * max(beams), taught=len(training) * learn,
+            answers=per_set * (len(v["constant_shares"]) + sum(beams)) + len(training) * CALIBRATION * check,
+            longest=v["max_new_tokens"], batch=v["batch_size"] * max(beams), taught=len(training) * learn,
             trained=sum(t.steps * t.batch * t.accumulate for t in training), held=learn if training else 0,
             train_batch=max((t.batch for t in training), default=1), checkpointing=all(t.checkpointing for t in training),
         )  # fmt: skip

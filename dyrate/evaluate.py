@@ -233,9 +233,9 @@ def scored(table: pd.DataFrame, examples: Examples) -> pd.DataFrame:
 
     by_name = {e.name: e for e in examples}
     table = table.assign(score=np.nan, invented=np.nan)
-    for task, rows in table.groupby("task", sort=False):
+    for (_, task), rows in table.groupby(["strategy", "task"], sort=False):  # CIDEr's weights count the captions scored together
         found = [by_name[name] for name in rows["sample"]]
-        if task == "caption":  # all strategies at once: CIDEr's weights stay as they are if each answers every sample
+        if task == "caption":
             scores = metrics.cider(list(rows.answer), [e.references for e in found])
         elif task.startswith("qa_"):
             scores = [metrics.exact_match(a, e.references) for a, e in zip(rows.answer, found, strict=True)]
@@ -275,10 +275,13 @@ def compare(table: pd.DataFrame, reference: str = "Full") -> pd.DataFrame:
 
 
 def caption_measures(table: pd.DataFrame, examples: Examples) -> pd.DataFrame:
-    """Mean CIDEr, BLEU-4, ROUGE-L and METEOR of the captions of each strategy, all on the same images."""
+    """Mean CIDEr, BLEU-4, ROUGE-L and METEOR of the captions of each strategy, all on the same images. table: `scored` rows."""
     references = {e.name: e.references for e in examples}
-    scores = metrics.caption_scores(list(table.answer), [references[name] for name in table["sample"]])
-    return pd.DataFrame({"strategy": list(table.strategy), **scores}).groupby("strategy", sort=False).mean().reset_index()
+    # the others score each caption by itself, all at once; CIDEr does not
+    names = ("BLEU-4", "ROUGE-L", "METEOR")
+    scores = metrics.caption_scores(list(table.answer), [references[name] for name in table["sample"]], names)
+    found = pd.DataFrame({"strategy": list(table.strategy), "CIDEr": list(table.score), **scores})
+    return found.groupby("strategy", sort=False).mean().reset_index()
 
 
 def method_scores(table: pd.DataFrame, method: str, task: str) -> pd.Series:

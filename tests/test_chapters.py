@@ -152,6 +152,27 @@ def test_a_line_that_trains_is_trained_once(tmp_path, monkeypatch):
     assert str(other.predictor) != str(first.predictor) and len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_line_is_set_against_a_constant_that_keeps_as_much():
+    import pandas as pd
+
+    def line(group, label, kept, score):
+        return [
+            {"group": group, "label": label, "task": "t", "sample": f"s{i}", "score": score + i, "kept": kept, "prefill": 1,
+             "decode": 1, "tokens": 1} for i in range(6)
+        ]  # fmt: skip
+
+    constants = [*line(ablations.CONSTANT, "0.5", 0.5, 0.8), *line(ablations.CONSTANT, "0.2", 0.2, 0.2)]
+    others = [*line("a", "same share", 0.2, 0.3), *line("a", "between", 0.3, 0.3), *line("b", "too few", 0.1, 0.9)]
+    table = ablations.summary(pd.DataFrame(constants + others))
+    over = table.set_index("label").over
+    assert over[["0.5", "0.2"]].tolist() == pytest.approx([0, 0], abs=1e-12)  # a constant is as good as itself
+    assert over[["same share", "between"]].tolist() == pytest.approx([0.1, 0.3 - 0.4])
+    assert np.isnan(over["too few"]) and table.over_low.notna().sum() == 4
+    said = ablations.finding(table)
+    assert "*a* matters most: +0.100 (+0.100 to +0.100) with *same share* against -0.100" in said
+    assert "of 2 lines 1 are better than the constant and 1 worse" in said and "b" not in said.split("spread: ")[1]
+
+
 def scores(score, lengths):
     import pandas as pd
 

@@ -152,10 +152,16 @@ def test_files_are_whole_or_absent(tmp_path):
 
 def test_caption_measures_by_hand():
     examples = dyrate.examples("pocket", 3, tasks=["caption"])
-    rows = [{"strategy": "right", "sample": e.name, "answer": e.references[0]} for e in examples]
-    rows += [{"strategy": "wrong", "sample": e.name, "answer": "zebra"} for e in examples]
-    found = evaluate.caption_measures(pd.DataFrame(rows), examples).set_index("strategy")
+    said = {"right": lambda e: e.references[0], "wrong": lambda e: "zebra", "half": lambda e: f"{e.references[0]} and no zebra"}
+    rows = [
+        {"strategy": name, "sample": e.name, "task": "caption", "answer": say(e)} for name, say in said.items() for e in examples
+    ]
+    found = evaluate.caption_measures(evaluate.scored(pd.DataFrame(rows), examples), examples).set_index("strategy")
     assert (found.loc["right", ["BLEU-4", "ROUGE-L", "METEOR"]] > 0.9).all() and found.loc["right", "CIDEr"] > 1
     assert (found.loc["wrong"] < 0.1).all()
-    alone = metrics.cider([e.references[0] for e in examples], [e.references for e in examples])
-    assert found.loc["right", "CIDEr"] == pytest.approx(alone.mean())  # though scored together with another's captions
+    for (
+        name,
+        say,
+    ) in said.items():  # among others, but scored as if alone: unseen words too
+        alone = metrics.caption_scores([say(e) for e in examples], [e.references for e in examples])
+        assert found.loc[name].to_dict() == pytest.approx({k: v.mean() for k, v in alone.items()})

@@ -74,22 +74,26 @@ def loss_heat(summary: pd.DataFrame) -> Figure:
 
 
 def ablation_dots(table: pd.DataFrame, unit: str) -> Figure:
-    """Mean score of each ablation with its interval, one panel a group; the kept share beside each label."""
+    """Each ablation's difference from a constant rate with its interval, one panel a group; the kept share beside each label."""
     groups = list(dict.fromkeys(table.group))
     columns = min(2, len(groups))
     lines = -(-len(groups) // columns)
     figure = Figure(figsize=(4.6 * columns, 2.1 * lines))
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    axes = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
     for axis, group in zip(axes, groups, strict=False):
         rows = table[table.group == group]
         y = np.arange(len(rows))[::-1]
-        error = np.stack([rows.value - rows.low, rows.high - rows.value])
-        axis.errorbar(rows.value, y, xerr=error, fmt="o", color="#0072B2", capsize=2.5)
+        error = np.stack([rows.over - rows.over_low, rows.over_high - rows.over])
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.errorbar(rows.over, y, xerr=error, fmt="o", color="#0072B2", capsize=2.5)
         axis.set_yticks(
             y, [f"{label} ({100 * kept:.0f} %)" for label, kept in zip(rows.label, rows.kept, strict=True)], fontsize=8
         )
         axis.set_title(group, fontsize=9)
-        axis.set(xlabel=unit, ylim=(-0.6, len(rows) - 0.4))
+        axis.set_ylim(-0.6, len(rows) - 0.4)
+        axis.tick_params(labelbottom=True)
+    for axis in axes[max(0, len(groups) - columns) : len(groups)]:
+        axis.set_xlabel(unit)
     for axis in axes[len(groups) :]:
         axis.set_visible(False)
     return figure
