@@ -117,11 +117,11 @@ def _constant_at(kept: float, lines: pd.DataFrame) -> pd.Series:
     shares = lines.groupby("label").kept.mean().sort_values()
     above = int(np.searchsorted(shares, kept - 1e-6))
     scores = lines.pivot(index="sample", columns="label", values="score")
-    if above == len(shares) or (above == 0 and kept < shares.min() - 1e-6):
+    if above < len(shares) and np.isclose(shares.iloc[above], kept):
+        return scores[shares.index[above]]
+    if above in (0, len(shares)):
         return pd.Series(np.nan, index=scores.index)
     high = scores[shares.index[above]]
-    if above == 0:
-        return high
     part = (kept - shares.iloc[above - 1]) / (shares.iloc[above] - shares.iloc[above - 1])
     return (1 - part) * scores[shares.index[above - 1]] + part * high
 

@@ -99,7 +99,8 @@ def _as_shown(column: pd.Series) -> tuple[list[str], bool]:
     if pd.api.types.is_float_dtype(column) and numbers:
         largest = known.abs().max()
         most = min(3, max(0, 3 - int(np.floor(np.log10(largest))))) if largest > 0 else 0
-        form = f"{{:.{next((d for d in range(most) if np.allclose(known.dropna(), known.dropna().round(d), atol=1e-9)), most)}f}}"
+        decimals = next((d for d in range(most) if np.allclose(known.dropna(), known.dropna().round(d), atol=1e-9)), most)
+        form, column = f"{{:.{decimals}f}}", known.round(decimals) + 0.0  # no negative zero
     elif column.dtype == object:
         form = "{:.4g}" if numbers else "{}"  # measured beside reported
     cells = ["" if pd.isna(value) else str(value) if isinstance(value, str) else form.format(value) for value in column]
