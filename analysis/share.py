@@ -4,7 +4,7 @@ accelerate launch analysis/share.py --profile llava-7b --only 03      # a proces
 python analysis/run.py --profile llava-7b
 
 Every process runs each chapter that stores its answers (3, 4 and 7), without a kernel and with results thrown away;
-`dyrate.evaluate.run` in it divides what is not stored yet.
+`study.answers.run` in it divides what is not stored yet.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import nbformat
 import run as runner
 
-from dyrate.processes import this_process
+from dyrate.distributed import this_process
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -127,8 +127,8 @@ def protocol_section(made: list) -> list[str]:
     """The protocol ledger: under which conditions each chapter's numbers, and each reported figure, were made."""
     import pandas as pd
 
-    from dyrate.protocol import reported
-    from dyrate.publish import shown_table
+    from study.protocol import reported
+    from study.book import shown_table
 
     measured = pd.DataFrame([{"chapter": name} | row for name, _, content in made for row in content["protocol"]])
     told = reported("protocols").drop(columns="file").rename(columns={"rows": "of the rows"})
@@ -153,7 +153,7 @@ def pocket_section(results: Path) -> list[str]:
     ]  # fmt: skip
     quality = ROOT / "data" / "results" / "pocket" / "pocket_quality.json"
     if quality.exists():
-        from dyrate.pocket.quality import BARS
+        from study.pocket.quality import BARS
 
         found = json.loads(quality.read_text())
         n = found["cider_short"]["n"]

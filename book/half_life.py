@@ -5,7 +5,7 @@ import dyrate
 
 @dataclass(kw_only=True)
 class HalfLife(dyrate.Strategy):
-    """Halve the kept share every `half_life` generated tokens."""
+    """Halve the retention ratio every `half_life` generated tokens."""
 
     half_life: int = 32
 

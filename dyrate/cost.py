@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from dyrate.strategy import Strategy
 from dyrate.trace import Trace
@@ -103,7 +106,7 @@ def read_bytes(shape: Shape, tokens: Sequence[int], itemsize: int = 2, rows: int
 
 
 def layer_tokens(trace: Trace, n_layers: int) -> np.ndarray:
-    """Tokens that each layer holds or, in residency "hide", reads: (step, row, layer), measured by a trace."""
+    """Tokens that each layer holds or, in residency "mask", reads: (step, row, layer), measured by a trace."""
     found = np.zeros((len(trace.steps), len(trace.n_image), n_layers), dtype=int)
     n_image = np.array(trace.n_image)
     for t, step in enumerate(trace.steps):
@@ -119,10 +122,10 @@ def ledger(
 ) -> pd.DataFrame:  # fmt: skip
     """What a traced run cost, one line per batch row: multiply-accumulates of tower, prefill, decode, lm_head, selector; bytes.
 
-    strategy: what the trace is of; in residency "hide" prefill and cache are whole. cache: False if every step ran over the
+    strategy: what the trace is of; in residency "mask" prefill and cache are whole. cache: False if every step ran over the
     whole sequence again. text: False counts image tokens alone. lengths: tokens of each row's answer, if some ended early.
     """
-    hidden = strategy.residency == "hide"
+    hidden = strategy.residency == "mask"
     observed = list(strategy.observes(shape.layers))
     tokens = layer_tokens(trace, shape.layers)
     if not text:
@@ -146,3 +149,32 @@ def ledger(
     frame = pd.DataFrame(rows)
     frame["macs"] = frame[["tower", "prefill", "decode", "lm_head", "selector"]].sum(axis=1)
     return frame
+
+
+UNITS = ("kept", "macs", "macs_uncached", "kv_bytes")
+
+
+def remaining(
+    unit: str, shape: Shape, kept: Float[Tensor, "batch step"], n_image: Tensor, n_text: Tensor, valid: Tensor, first: int
+) -> Float[Tensor, " batch"]:
+    """What remains of the unpruned cost, from the number of image tokens kept at each step; differentiable.
+
+    valid: (batch, step), steps that exist. first: first pruned layer.
+    """
+    valid = valid.to(kept.dtype)
+    if unit == "kept":
+        return (kept / n_image[:, None] * valid).sum(1) / valid.sum(1)
+    upper = shape.layers - first
+    text = n_text[:, None] + torch.arange(kept.shape[1], device=kept.device)  # tokens beside the image at each step
+    whole = text + n_image[:, None]
+
+    def spent(tokens):
+        if unit == "kv_bytes":
+            return (first * whole + upper * tokens) * kv_bytes(shape, [1], 1) * valid
+        if unit == "macs_uncached":
+            return (first * layer_macs(shape, whole, whole) + upper * layer_macs(shape, tokens, tokens)) * valid
+        prefill = first * layer_macs(shape, whole, whole) + upper * layer_macs(shape, tokens, tokens)
+        decode = first * layer_macs(shape, 1, whole) + upper * layer_macs(shape, 1, tokens)
+        return torch.cat([prefill[:, :1], decode[:, 1:] * valid[:, 1:]], 1)
+
+    return spent(text + kept).sum(1) / spent(whole.to(kept.dtype)).sum(1)

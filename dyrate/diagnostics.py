@@ -14,11 +14,12 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from dyrate.attention import encode
-from dyrate.datasets import Examples
-from dyrate.evaluate import generated
-from dyrate.forcing import Prepared, taught
-from dyrate.predictor import DyRate, RatePredictor
+from dyrate.generation import encode
+from dyrate.data import Examples
+from study.answers import generated
+from dyrate.teacher_forcing import Prepared, taught
+from dyrate.predictor import RatePredictor
+from dyrate.strategies.dyrate import DyRate
 
 ENOUGH_STEPS = 40  # of training, before its course says anything
 
@@ -116,7 +117,7 @@ def of_speed(model, processor, predictor: RatePredictor, examples: Examples, *, 
         plain, pruned = (end - begun for begun, end in pairwise(marks))
         ratios.append(pruned / plain)
     return Sign("no speed-up", float(np.median(ratios)), "x the plain time", 1,
-                remedy="evict, do not hide; enlarge batches; see with `python -m dyrate.bench` what can be gained")  # fmt: skip
+                remedy="evict, do not hide; enlarge batches; see with `python -m study.bench` what can be gained")  # fmt: skip
 
 
 @torch.no_grad()

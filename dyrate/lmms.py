@@ -17,10 +17,10 @@ from typing import NamedTuple
 import pandas as pd
 from transformers import GenerationConfig
 
-from dyrate.attention import encode_chats
-from dyrate.datasets import Example
-from dyrate.evaluate import generated, in_words, kept_shares
-from dyrate.predictor import DyRate
+from dyrate.generation import encode_chats
+from dyrate.data import Example
+from study.answers import generated, in_words, kept_shares
+from dyrate.strategies.dyrate import DyRate
 from dyrate.strategies import STRATEGIES
 from dyrate.strategy import Strategy
 
@@ -179,7 +179,7 @@ def table_1(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def protocols(rows: pd.DataFrame) -> list[dict]:
-    """Rows of `read_results` as lines of the protocol ledger (`dyrate.protocol`), one for each task and harness."""
+    """Rows of `read_results` as lines of the protocol ledger (`study.protocol`), one for each task and harness."""
     lines = []
     for (task, harness), found in rows.groupby(["task", "harness"], sort=False):
         first, around = found.iloc[0], json.loads(found.prompt.iloc[0]) or {}

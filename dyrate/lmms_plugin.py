@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise ImportError(f"dyrate.lmms_plugin needs lmms-eval: pip install 'dyrate[lmms]' ({error})") from error
 
-from dyrate.datasets import Example
+from dyrate.data import Example
 from dyrate.lmms import answer, strategy_of
 from dyrate.models import load
 

@@ -1,13 +1,9 @@
 """The paper's predictor: from how attention divides over four kinds of tokens to a rate, Eqs. 1-6 of arXiv:2501.14204.
 
-The equations are small pure functions; `RatePredictor` is the linear classifier; `DyRate` is the strategy that uses it.
+The equations are small pure functions; `RatePredictor` is the linear classifier, which `strategies.dyrate` puts to use.
 """
 
 from __future__ import annotations
-
-from contextlib import redirect_stdout
-from dataclasses import dataclass
-from io import StringIO
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -15,8 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dyrate.seen import kept_count
 from dyrate.segments import SEGMENTS
-from dyrate.strategy import Strategy
 
 
 def rate_grid(n_rates: int) -> Float[Tensor, " rate"]:
@@ -25,8 +21,9 @@ def rate_grid(n_rates: int) -> Float[Tensor, " rate"]:
 
 
 def kept_counts(n_image: Int[Tensor, " batch"], rates: Float[Tensor, " rate"]) -> Int[Tensor, "batch rate"]:
-    """Image tokens that each rate keeps: n - floor(n r)."""
-    return n_image[:, None] - (n_image[:, None] * rates.double() + 1e-4).long()
+    """Image tokens that each rate keeps."""
+    counts = [[kept_count(n, 1 - rate) for rate in rates.tolist()] for n in n_image.tolist()]
+    return torch.tensor(counts, device=n_image.device)
 
 
 def rate_masks(
@@ -150,46 +147,3 @@ class RatePredictor(nn.Module, PyTorchModelHubMixin, paper_url="https://arxiv.or
                 f"this predictor was trained for another model ({'; '.join(differing)}): train one with "
                 "`dyrate.training.train`, or load the model that it belongs to"
             )
-
-
-@dataclass(kw_only=True)
-class DyRate(Strategy):
-    """A rate for each step and input, from a trained predictor (arXiv:2501.14204). `DyRate.from_pretrained(folder or hub name)`.
-
-    The rate is the predictor's likeliest. first_pruned_layer and residency are those that it was trained with.
-    """
-
-    predictor: RatePredictor
-    compared = False  # needs a predictor of the model's own
-
-    @classmethod
-    def from_pretrained(cls, name: str, **hub) -> DyRate:
-        with redirect_stdout(StringIO()):  # the hub's mixin prints where it loads from
-            return cls.of(RatePredictor.from_pretrained(str(name), **hub).eval())
-
-    @classmethod
-    def of(cls, predictor: RatePredictor) -> DyRate:
-        return cls(predictor=predictor, first_pruned_layer=predictor.first_pruned_layer, residency=predictor.residency)
-
-    def save_pretrained(self, folder: str, **hub) -> None:
-        self.predictor.save_pretrained(str(folder), **hub)
-
-    def push_to_hub(self, name: str, **hub) -> None:
-        self.predictor.push_to_hub(name, **hub)
-
-    def __call__(self, model, processor=None, **how):
-        self.predictor.check_fits(model)
-        self.predictor.to(model.device)
-        return super().__call__(model, processor, **how)
-
-    def observes(self, n_layers):
-        return self.predictor.observed_layers
-
-    @torch.no_grad()
-    def keep(self, seen):
-        shares = [seen.shares_in(layer) for layer in self.predictor.observed_layers]
-        logits = self.predictor(self.predictor.features(shares, seen.step))
-        return 1 - self.predictor.rates[logits.argmax(-1)]
-
-    def selector_macs(self, shape, n_image, n_instruction):
-        return self.predictor.linear.weight.numel()

@@ -13,12 +13,15 @@ from dyrate.segments import SEGMENTS
 
 @dataclass
 class Stage:
-    """One stage at one step. counts: kept image tokens of each row; kept: which, (batch, image_token)."""
+    """One stage at one step. counts: kept image tokens of each row; kept: which, (batch, image_token).
+
+    shares: the newest query's attention to each segment, (batch, head, 4); None where attention was not read.
+    """
 
     layer: int
     counts: list[int]
     kept: Tensor
-    shares: Tensor | None  # (batch, head, 4) of the newest query; None where attention was not read
+    shares: Tensor | None
 
 
 @dataclass
@@ -41,20 +44,25 @@ class Trace:
     n_instruction: list[int] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
 
-    def kept_share(self) -> np.ndarray:
-        """Share of image tokens that stay, (step, row): mean over stages."""
+    def __repr__(self) -> str:
+        return f"Trace({len(self.steps)} steps, {len(self.n_image)} rows; see frame())"
+
+    def retention(self) -> np.ndarray:
+        """Share of image tokens kept, (step, row): mean over stages. Raises RuntimeError before anything was generated."""
+        if not self.steps:
+            raise RuntimeError("this trace is empty: call model.generate inside the `with` block first")
         counts = np.array([[stage.counts for stage in step.stages] for step in self.steps], dtype=float)
         return counts.mean(1) / np.array(self.n_image)
 
     def frame(self) -> pd.DataFrame:
-        """One row per step, batch row and stage: rate, kept image tokens, cached bytes (all layers), segment shares."""
+        """One row per step, batch row and stage: kept image tokens, retention, cached bytes (all layers), segment shares."""
         rows = []
         for t, step in enumerate(self.steps):
             for stage in step.stages:
                 shares = None if stage.shares is None else stage.shares.float().mean(1).cpu().numpy()
                 for i, kept in enumerate(stage.counts):
                     n = self.n_image[i]
-                    row = {"step": t, "row": i, "layer": stage.layer, "image_tokens": n, "kept": kept, "rate": 1 - kept / n}
+                    row = {"step": t, "row": i, "layer": stage.layer, "image_tokens": n, "kept": kept, "retention": kept / n}
                     row["kv_bytes"] = sum(step.kv_bytes) // len(stage.counts)
                     row |= {f"{s}_share": float("nan") if shares is None else shares[i, j] for j, s in enumerate(SEGMENTS)}
                     rows.append(row)

@@ -30,10 +30,10 @@ from tqdm import tqdm
 from dyrate import datasets, diagnostics
 from dyrate.budget import UNITS, calibrate, cost
 from dyrate.cost import shape_of
-from dyrate.datasets import Examples
+from dyrate.data import Examples
 from dyrate.diagnostics import Sign
-from dyrate.files import write_whole
-from dyrate.forcing import IGNORE, Prepared, frozen, masks_over_steps, prepare, pruned_logits
+from dyrate.atomic import write_whole
+from dyrate.teacher_forcing import IGNORE, Prepared, frozen, masks_over_steps, prepare, pruned_logits
 from dyrate.models import load
 from dyrate.predictor import RatePredictor, gumbel_noise, gumbel_one_hot
 

@@ -4,18 +4,19 @@ Nothing is dropped here and no cache is used: what a strategy drops is hidden by
 anew, from this pass's own attention matrices, in plain Python.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 
 from dyrate.engine import decoder_layers
+from dyrate.seen import Seen, Vision
 from dyrate.segments import Segments, find_segments
-from dyrate.strategy import Seen, Vision
 
 
 @dataclass
 class Matrix:
-    """Stands for a Look: attention weights of one layer, (batch, head, query, key), as one step may see them."""
+    """Stands for a LayerAttention: attention weights of one layer, (batch, head, query, key), as one step may see them."""
 
     weights: torch.Tensor
     end: int  # the newest query
@@ -37,8 +38,8 @@ class Masked:
     kept: dict = field(default_factory=dict)
 
 
-def masked(model, inputs, answers, strategy, image_token_id) -> Masked:
-    """What `strategy` means for these prompts and their answers (batch, step)."""
+def masked(model, inputs, answers, strategy, image_token_id, examples=None) -> Masked:
+    """What `strategy` means for these prompts and their answers (batch, step). examples: of the rows."""
     prompt, real = inputs["input_ids"], inputs["attention_mask"]
     n_prompt, n_steps = prompt.shape[1], answers.shape[1]
     ids = torch.cat([prompt, answers], 1)
@@ -58,20 +59,22 @@ def masked(model, inputs, answers, strategy, image_token_id) -> Masked:
             if step and not strategy.each_step:
                 kept.append(kept[-1])
                 continue
-            candidates = valid if strategy.residency == "hide" else kept[-1]
-            look = Matrix(weights[stage - 1], n_prompt - 1 + step) if stage else None
-            seen = Seen(step, stage, len(layers), valid, candidates, positions, Segments(segments.kind), look, None)
+            candidates = valid if strategy.residency == "mask" else kept[-1]
+            observed = {stage - 1: Matrix(weights[stage - 1], n_prompt - 1 + step)} if stage else {}
+            seen = Seen(
+                step, stage, len(layers), valid, candidates, positions, Segments(segments.kind), observed, examples=examples
+            )
             if step == 0:
                 row = torch.arange(len(ids))[:, None]
                 seen.read_hidden = lambda at: hidden[row, at]
                 seen.read_no_rope = lambda: no_rope(stage - 1)
                 seen.read_vision = lambda: vision(model, inputs["pixel_values"], valid)
-            shares, score = strategy.keep(seen), strategy.score(seen)
+            retention, score = strategy.keep(seen), strategy.score(seen)
             chosen = torch.zeros_like(valid)
             for i in range(len(ids)):
                 n = int(valid[i].sum())
-                share = float(shares[i] if isinstance(shares, torch.Tensor) else shares)
-                count = n - int(n * (1 - share) + 1e-4)
+                rate = 1 - float(retention if isinstance(retention, int | float) else retention[i])
+                count = n - math.floor(round(n * rate, 3))
                 ranked = sorted((j for j in range(valid.shape[1]) if candidates[i, j]), key=lambda j: -float(score[i, j]))
                 chosen[i, ranked[:count]] = True
             if step == 0 and (chosen != before).any():
@@ -101,9 +104,9 @@ def masked(model, inputs, answers, strategy, image_token_id) -> Masked:
                 visible = torch.tril(torch.ones(ids.shape[1], ids.shape[1])).bool() & mask[:, None].bool()
                 visible = visible.clone()
                 for step, kept in enumerate(found.kept[state["stage"]]):
-                    gone = valid & ~kept
+                    dropped = valid & ~kept
                     queries = slice(0, n_prompt) if step == 0 else slice(n_prompt - 1 + step, n_prompt + step)
-                    for i, j in gone.nonzero().tolist():
+                    for i, j in dropped.nonzero().tolist():
                         visible[i, queries, positions[i, j]] = False
                 visible |= torch.eye(ids.shape[1]).bool()
                 kwargs["attention_mask"] = torch.zeros(visible.shape).masked_fill(~visible, -1e30)[:, None]

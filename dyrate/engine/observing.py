@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from dyrate.look import Look
+from dyrate.attention import LayerAttention
 
 _NAME = "dyrate_observed"
 
-Observer = Callable[[int, Look], None]
+Observer = Callable[[int, LayerAttention], None]
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -27,9 +27,9 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 @contextmanager
 def observe(model: PreTrainedModel, observer: Observer, layers: Iterable[int] | None = None) -> Iterator[None]:
-    """Call `observer(layer, look)` for each of `layers` at every forward pass, with the attention that it may look at.
+    """Call `observer(layer, attention)` for each of `layers` at every forward pass, with that layer's attention.
 
-    The model keeps its attention implementation; `look.newest` computes one more row, (batch, head, key), beside it.
+    The model keeps its attention implementation; `attention.newest` computes one more row, (batch, head, key), beside it.
     layers: indices (default: all). Observing a layer twice at a time is an error.
     """
     stack = decoder_layers(model)
@@ -52,7 +52,7 @@ def observe_modules(attentions: dict[int, nn.Module], observer: Observer) -> Ite
 
     def observed(module, query, key, value, attention_mask, *args, scaling=None, **kwargs):
         scale = (module.scaling if hasattr(module, "scaling") else module.scale) if scaling is None else scaling
-        observer(number[id(module)], Look(query, key, attention_mask, scale, module.is_causal))
+        observer(number[id(module)], LayerAttention(query, key, attention_mask, scale, module.is_causal))
         return usual(module, query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
 
     name = f"{_NAME}_{id(observed):x}"

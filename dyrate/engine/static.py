@@ -3,6 +3,8 @@
 Launching a decoder's kernels from Python takes longer than a large GPU needs to run them. Here the decoder falls into parts,
 each from one decision about image tokens to the next, and a part is one graph for each bucket of cache lengths. Decisions
 stay outside, as they are. Elsewhere the parts run eagerly, over the same buffers and masks.
+
+No GPU has run this yet: the tests replace the recording of a graph by a stand-in that replays in place.
 """
 
 from __future__ import annotations
@@ -18,20 +20,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from dyrate.attention import LayerAttention
 from dyrate.engine.observing import decoder_layers
-from dyrate.look import Look
 
 BUCKET = 32  # slots by which a graph's cache is longer than that of the graph before it
 
 
 @contextmanager
 def static_steps(
-    model: PreTrainedModel, stages: Sequence[int] = (), looks: dict[int, Look] | None = None, room: int = 64
+    model: PreTrainedModel, stages: Sequence[int] = (), observed: dict[int, LayerAttention] | None = None, room: int = 64
 ) -> Iterator[None]:
     """Run every step of one token, of `generate` inside the context, over static buffers.
 
-    The tokens are those of eager steps. stages: layers before which tokens are dropped. looks: where an observer of the
-    model puts what it saw; filled at each replay. room: new tokens that the buffers take before they are made anew, and
+    The tokens are those of eager steps. stages: layers before which tokens are dropped. observed: where an observer of the
+    model puts what it observed; filled at each replay. room: new tokens that the buffers take before they are made anew, and
     with them the graphs: best the length of an answer. Graphs are made at first use and last as long as the context.
     Raises ValueError for a model on several devices, or without "sdpa" attention.
     """
@@ -42,7 +44,7 @@ def static_steps(
         raise ValueError('static steps need the whole model on one device: load it without device_map="auto"')
     with ExitStack() as stack:
         for first, last in pairwise([0, *(s for s in stages if s > 0), len(layers)]):
-            part = _Part(first, [layer.forward for layer in layers[first:last]], {} if looks is None else looks, room)
+            part = _Part(first, [layer.forward for layer in layers[first:last]], {} if observed is None else observed, room)
             for i in range(first, last):
                 layers[i].forward = partial(part.enter, i)
                 stack.callback(delattr, layers[i], "forward")
@@ -52,8 +54,8 @@ def static_steps(
 class _Part:
     """Layers from `first` on, which hold the same tokens; inside a step it stands for their cache."""
 
-    def __init__(self, first: int, forwards: list[Callable], looks: dict[int, Look], room: int):
-        self.first, self.forwards, self.looks, self.room = first, forwards, looks, room
+    def __init__(self, first: int, forwards: list[Callable], observed: dict[int, LayerAttention], room: int):
+        self.first, self.forwards, self.observed, self.room = first, forwards, observed, room
         self.buffers: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer: (batch, kv_head, slot, dim)
         self.recorded: dict[torch.Size, tuple] = {}
 
@@ -101,12 +103,12 @@ class _Part:
             mine = [x.clone() for x in inputs]
             replay, output = recorder(partial(self._layers, *mine))
             here = range(self.first, self.first + len(self.forwards))
-            self.recorded[key] = (replay, mine, output, {i: look for i, look in self.looks.items() if i in here})
-        replay, mine, output, looks = self.recorded[key]
+            self.recorded[key] = (replay, mine, output, {i: x for i, x in self.observed.items() if i in here})
+        replay, mine, output, observed = self.recorded[key]
         for x, new in zip(mine, inputs, strict=True):
             x.copy_(new)
         replay()
-        self.looks.update({i: replace(look) for i, look in looks.items()})  # a look keeps what was computed from it
+        self.observed.update({i: replace(x) for i, x in observed.items()})  # a copy forgets what was computed from the last
         return output
 
     def _layers(self, hidden: Tensor, mask: Tensor, *rotary: Tensor) -> Tensor:

@@ -1,10 +1,9 @@
-"""Honest controls: what a clever rule must beat."""
+"""Controls: what a clever rule must beat, and FastV with one of its choices changed."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -14,34 +13,14 @@ from dyrate.strategy import Strategy, rate_field
 
 @dataclass(kw_only=True)
 class Constant(FastV):
-    """The same rate at every step: what a dynamic rate must beat at equal mean budget, in the same residency.
+    """The same rate at every step: what a dynamic rate must beat at equal mean retention, in the same residency.
 
-    In "evict" it is FastV, for the ranking of the first step decides; in "hide" it is FastVRerank.
+    In "evict" it is FastV, for the ranking of the first step decides; in "mask" it is FastVRerank.
     """
 
     each_step = True
     compared = False
-
-
-@dataclass(kw_only=True)
-class TaskConstant(Strategy):
-    """One rate for each kind of task: what knowing the task alone is worth."""
-
-    rates: dict[str, float] = field(default_factory=dict)
-    names: list[str] = field(default_factory=list, repr=False)
-    compared = False
-
-    def meet(self, examples: Sequence) -> None:
-        self.names = [e.task for e in examples]
-
-    def keep(self, seen):
-        if missing := set(self.names) - set(self.rates):
-            raise ValueError(f"TaskConstant has no rate for the tasks {sorted(missing)}")
-        return 1 - torch.tensor([self.rates[task] for task in _by_row(self.names, len(seen.image))], device=seen.image.device)
-
-    @classmethod
-    def at(cls, share, n_layers, **fields):
-        return cls(rates={"": 1 - share}, **fields)
+    control = True
 
 
 @dataclass(kw_only=True)
@@ -51,6 +30,7 @@ class LinearAnneal(Strategy):
     start: float = 0.0
     end: float = 0.9
     steps: int = 32
+    control = True
 
     def __post_init__(self):
         rate_field("start", self.start)
@@ -61,9 +41,9 @@ class LinearAnneal(Strategy):
         return 1 - (self.start + (self.end - self.start) * min(1.0, seen.step / self.steps))
 
     @classmethod
-    def at(cls, share, n_layers, **fields):
-        spread = min(share, 1 - share)  # the mean over `steps` is the share
-        return cls(start=1 - share - spread, end=1 - share + spread, **fields)
+    def at(cls, retention, n_layers, **fields):
+        spread = min(retention, 1 - retention)  # the mean over `steps` is the retention
+        return cls(start=1 - retention - spread, end=1 - retention + spread, **fields)
 
 
 @dataclass(kw_only=True)
@@ -72,6 +52,7 @@ class MeanTrajectory(Strategy):
 
     rates: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
     compared = False  # its rates come from a predictor
+    control = True
 
     def __post_init__(self):
         for rate in self.rates:
@@ -82,59 +63,32 @@ class MeanTrajectory(Strategy):
         return 1 - self.rates[min(seen.step, len(self.rates) - 1)]
 
     @classmethod
-    def at(cls, share, n_layers, **fields):
-        return cls(rates=(1 - share,), **fields)
-
-
-@dataclass(kw_only=True)
-class ShuffledRates(Strategy):
-    """Each example gets rates that another one had: rates[k][step], k drawn by its name. Is the rate made for its input?"""
-
-    rates: tuple[tuple[float, ...], ...] = ((0.0, 0.5), (0.25, 0.75))
-    compared = False
-    names: list[str] = field(default_factory=list, repr=False)
-
-    def meet(self, examples: Sequence) -> None:
-        self.names = [e.name for e in examples]
-
-    def keep(self, seen):
-        mine = [self.rates[zlib.crc32(name.encode()) % len(self.rates)] for name in _by_row(self.names, len(seen.image))]
-        return 1 - torch.tensor([r[min(seen.step, len(r) - 1)] for r in mine], device=seen.image.device)
-
-    @classmethod
-    def at(cls, share, n_layers, **fields):
-        return cls(rates=((1 - share,),), **fields)
-
-
-def _by_row(items: Sequence, n_rows: int) -> list:
-    """What belongs to each row of the batch: with beams, several rows come from one example."""
-    if not items:
-        raise ValueError("this strategy was not told which examples these are: call `meet(examples)` before generating")
-    return [items[row * len(items) // n_rows] for row in range(n_rows)]
+    def at(cls, retention, n_layers, **fields):
+        return cls(rates=(1 - retention,), **fields)
 
 
 @dataclass(kw_only=True)
 class RandomPrune(FastV):
-    """FastV with lots drawn in place of its score. The same example draws the same lots in any batch."""
+    """Random pruning: FastV with random scores. An example has the same scores in any batch."""
 
     seed: int = 0
-    names: list[str] = field(default_factory=list, repr=False)
-
-    def meet(self, examples: Sequence) -> None:
-        self.names = [e.name for e in examples]
+    control = True
 
     def score(self, seen):
         rows, n = seen.image.shape
-        lots = []
-        for name in _by_row(self.names or [""], rows):
+        names = [e.name for e in seen.example_of_each_row()] if seen.examples else [""] * rows
+        scores = []
+        for name in names:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name} {seen.step}".encode()))
-            lots.append(torch.rand(n, generator=generator))
-        return torch.stack(lots).to(seen.image.device)
+            scores.append(torch.rand(n, generator=generator))
+        return torch.stack(scores).to(seen.image.device)
 
 
 @dataclass(kw_only=True)
 class WorstFirst(FastV):
-    """FastV upside down: keeps what is attended least. If this does not hurt, the ranking says nothing."""
+    """FastV upside down: keeps what is attended least. If this does not hurt, the ranking carries no information."""
+
+    control = True
 
     def score(self, seen):
         return -super().score(seen)
@@ -145,6 +99,7 @@ class MaxHead(FastV):
     """FastV's score with the most attentive head in place of the mean over heads."""
 
     compared = False
+    control = True
 
     def score(self, seen):
         return seen.attention.amax(1)
@@ -152,9 +107,10 @@ class MaxHead(FastV):
 
 @dataclass(kw_only=True)
 class AllWords(FastV):
-    """FastV's score from every word of the instruction in place of the last token alone."""
+    """FastV's score from every token of the instruction in place of the last one alone."""
 
     compared = False
+    control = True
 
     def score(self, seen):
         rows, real = seen.instruction_attention
@@ -169,6 +125,7 @@ class NoRoPE(FastV):
     """FastV's score without rotary positions, which favour the image's last rows (after FEATHER, arXiv:2412.13180)."""
 
     needs = frozenset({"no_rope"})
+    control = True
 
     def selector_macs(self, shape, n_image, n_instruction):
         return n_image * shape.width
@@ -184,6 +141,7 @@ class UniformPool(Strategy):
     rate: float = 0.5
     first_pruned_layer: int = 0
     each_step = False
+    control = True
 
     def stages(self, n_layers):
         return (0,)
@@ -206,8 +164,8 @@ class UniformPool(Strategy):
         return hidden
 
     @classmethod
-    def at(cls, share, n_layers, **fields):
-        return cls(rate=1 - share, **fields)
+    def at(cls, retention, n_layers, **fields):
+        return cls(rate=1 - retention, **fields)
 
 
 def grid(n: int):
@@ -232,22 +190,3 @@ def evenly(n: int):
     rank = torch.empty(n)
     rank[list(order)] = torch.arange(n, dtype=torch.float)
     return rank
-
-
-@dataclass(kw_only=True)
-class Oracle(FastV):
-    """Knows which patches show something (pocket only): keeps those first, by attention among equals."""
-
-    masks: list[torch.Tensor] = field(default_factory=list, repr=False)
-    needs = frozenset({"scene"})
-
-    def meet(self, examples: Sequence) -> None:
-        from dyrate.pocket.scenes import render
-
-        if any(e.scene is None for e in examples):
-            raise ValueError("Oracle needs to know what an image shows: use it on pocket scenes")
-        self.masks = [torch.from_numpy(render(e.scene).shown) for e in examples]
-
-    def score(self, seen):
-        shown = torch.stack(_by_row(self.masks, len(seen.image))).to(seen.image.device)
-        return super().score(seen) + shown.float()  # attention is at most 1

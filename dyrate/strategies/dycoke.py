@@ -13,12 +13,12 @@ class DyCoke(Strategy):
     """
 
     first_pruned_layer: int = 3
-    residency: str = "hide"
+    residency: str = "mask"
     rate: float = 0.7
 
     def keep(self, seen):
         return 1 - self.rate if seen.step else 1.0
 
     @classmethod
-    def at(cls, share, n_layers, **fields):
-        return cls(rate=1 - share, **fields)
+    def at(cls, retention, n_layers, **fields):
+        return cls(rate=1 - retention, **fields)

@@ -1,5 +1,55 @@
-"""DyRate (arXiv:2501.14204): the rate of each step is predicted from how attention divides. See `dyrate.predictor`."""
+"""DyRate (arXiv:2501.14204): the rate of each step is predicted from how attention divides over four kinds of tokens."""
 
-from dyrate.predictor import DyRate
+from __future__ import annotations
 
-__all__ = ["DyRate"]
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+
+import torch
+
+from dyrate.predictor import RatePredictor
+from dyrate.strategy import Strategy
+
+
+@dataclass(kw_only=True)
+class DyRate(Strategy):
+    """A rate for each step and input, from a trained predictor (arXiv:2501.14204). `DyRate.from_pretrained(folder or hub name)`.
+
+    The rate is the predictor's likeliest. first_pruned_layer and residency are those that it was trained with.
+    """
+
+    predictor: RatePredictor
+    compared = False  # needs a predictor of the model's own
+
+    @classmethod
+    def from_pretrained(cls, name: str, **hub) -> DyRate:
+        with redirect_stdout(StringIO()):  # the hub's mixin prints where it loads from
+            return cls.of(RatePredictor.from_pretrained(str(name), **hub).eval())
+
+    @classmethod
+    def of(cls, predictor: RatePredictor) -> DyRate:
+        return cls(predictor=predictor, first_pruned_layer=predictor.first_pruned_layer, residency=predictor.residency)
+
+    def save_pretrained(self, folder: str, **hub) -> None:
+        self.predictor.save_pretrained(str(folder), **hub)
+
+    def push_to_hub(self, name: str, **hub) -> None:
+        self.predictor.push_to_hub(name, **hub)
+
+    def __call__(self, model, processor=None, **how):
+        self.predictor.check_fits(model)
+        self.predictor.to(model.device)
+        return super().__call__(model, processor, **how)
+
+    def observes(self, n_layers):
+        return self.predictor.observed_layers
+
+    @torch.no_grad()
+    def keep(self, seen):
+        shares = [seen.shares_in(layer) for layer in self.predictor.observed_layers]
+        logits = self.predictor(self.predictor.features(shares, seen.step))
+        return 1 - self.predictor.rates[logits.argmax(-1)]
+
+    def selector_macs(self, shape, n_image, n_instruction):
+        return self.predictor.linear.weight.numel()

@@ -1,4 +1,4 @@
-"""FastV (arXiv:2403.06764): after layer K the image tokens that the last prompt token attends to least are gone."""
+"""FastV (arXiv:2403.06764): after layer K the image tokens that the last prompt token attends to least are dropped."""
 
 from dataclasses import dataclass
 
@@ -16,13 +16,13 @@ class FastV(Strategy):
         return 1 - self.rate
 
     @classmethod
-    def at(cls, share, n_layers, **fields):
-        return cls(rate=1 - share, **fields)
+    def at(cls, retention, n_layers, **fields):
+        return cls(rate=1 - retention, **fields)
 
 
 @dataclass(kw_only=True)
 class FastVRerank(FastV):
-    """FastV as it is without a KV cache: every generated token ranks anew, and what was dropped can return."""
+    """FastV ranking anew at every generated token, among all image tokens: what one token drops the next may attend to again."""
 
-    residency: str = "hide"
+    residency: str = "mask"
     each_step = True

@@ -12,11 +12,11 @@ from dyrate.strategy import Strategy
 class PruMerge(Strategy):
     """Keep tokens whose [CLS] attention lies above the third quartile by 1.5 interquartile ranges, at least one.
 
-    share: keep so many of the best instead. Each kept token becomes the mean of itself and its `neighbours` most similar
+    retention: keep so many of the best instead. Each kept token becomes the mean of itself and its `neighbours` most similar
     tokens (by key), weighted by [CLS] attention.
     """
 
-    share: float | None = None
+    retention: float | None = None
     neighbours: int = 32
     first_pruned_layer: int = 0
     each_step = False
@@ -26,8 +26,8 @@ class PruMerge(Strategy):
         return (0,)
 
     def keep(self, seen):
-        if self.share is not None:
-            return self.share
+        if self.retention is not None:
+            return self.retention
         attention = seen.vision.cls_attention.float().masked_fill(~seen.image, torch.nan)
         low, high = (attention.nanquantile(q, 1, keepdim=True) for q in (0.25, 0.75))
         outliers = (attention > high + 1.5 * (high - low)).sum(1).clamp(min=1)
@@ -51,5 +51,5 @@ class PruMerge(Strategy):
         return n_image * ((1 + n_image) * shape.tower_width + shape.tower_width * shape.width + shape.width**2)
 
     @classmethod
-    def at(cls, share, n_layers, **fields):
-        return cls(share=share, **fields)
+    def at(cls, retention, n_layers, **fields):
+        return cls(retention=retention, **fields)

@@ -26,10 +26,10 @@ class PyramidDrop(Strategy):
         return self.ratio ** (1 + list(self.stages(seen.n_layers)).index(seen.layer))
 
     @classmethod
-    def at(cls, share, n_layers, **fields):
-        """The ratio whose mean over the three stages is the share: ratio + ratio^2 + ratio^3 = 3 share."""
+    def at(cls, retention, n_layers, **fields):
+        """The ratio whose mean over the three stages is the retention: ratio + ratio^2 + ratio^3 = 3 retention."""
         low, high = 0.0, 1.0
         for _ in range(50):
             middle = (low + high) / 2
-            low, high = (middle, high) if middle + middle**2 + middle**3 < 3 * share else (low, middle)
+            low, high = (middle, high) if middle + middle**2 + middle**3 < 3 * retention else (low, middle)
         return cls(ratio=high, **fields)

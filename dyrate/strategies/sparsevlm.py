@@ -1,23 +1,24 @@
-"""SparseVLM (arXiv:2410.04417): the instruction's own words rate the image tokens; some of the rejected are recycled."""
+"""SparseVLM (arXiv:2410.04417): the instruction's own tokens rate the image tokens; some of the rejected are recycled."""
 
 from dataclasses import dataclass
 
 import torch
 
-from dyrate.strategy import Strategy, choose, kept_count
+from dyrate.seen import choose, kept_count
+from dyrate.strategy import Strategy
 
 
 @dataclass(kw_only=True)
 class SparseVLM(Strategy):
     """Raters are instruction tokens more relevant to the image than the mean; their mean attention ranks image tokens.
 
-    share: what stays after the last stage, falling by equal factors. None: the paper's rule, each stage drops
+    retention: what stays after the last stage, falling by equal factors. None: the paper's rule, each stage drops
     `scale * (tokens - rank of the raters' attention matrix)`. recycled: of what is dropped, the best-rated part is
     clustered (density peaks) and merged into `clusters` of its number, so that tokens kept = rated best + cluster centres.
     Differs from the paper in that relevance is read from the hidden states entering the stage, not from the embeddings.
     """
 
-    share: float | None = None
+    retention: float | None = None
     scale: float = 0.6
     recycled: float = 0.3
     clusters: float = 0.1
@@ -29,8 +30,8 @@ class SparseVLM(Strategy):
 
     def keep(self, seen):
         stages = list(self.stages(seen.n_layers))
-        if self.share is not None:
-            return self.share ** ((1 + stages.index(seen.layer)) / len(stages))
+        if self.retention is not None:
+            return self.retention ** ((1 + stages.index(seen.layer)) / len(stages))
         rows, raters = self._rows(seen)
         left, n_image = seen.kept.sum(1), seen.image.sum(1)
         rank = torch.stack([torch.linalg.matrix_rank(row[chosen][:, kept]) for row, chosen, kept in
@@ -55,11 +56,11 @@ class SparseVLM(Strategy):
         return hidden
 
     @classmethod
-    def at(cls, share, n_layers, **fields):
-        return cls(share=share, **fields)
+    def at(cls, retention, n_layers, **fields):
+        return cls(retention=retention, **fields)
 
     def selector_macs(self, shape, n_image, n_instruction):
-        """Relevance of words to patches, and the words' rows of attention; at most, for later stages see fewer tokens."""
+        """Relevance of instruction tokens to patches, and their rows of attention; at most, for later stages see fewer tokens."""
         return len(self.stages(shape.layers)) * 2 * n_image * n_instruction * shape.width
 
     def _rows(self, seen):

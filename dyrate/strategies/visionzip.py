@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from dyrate.strategy import Strategy, choose, kept_count
+from dyrate.seen import choose, kept_count
+from dyrate.strategy import Strategy
 
 
 @dataclass(kw_only=True)
@@ -67,5 +68,5 @@ class VisionZip(Strategy):
         return (n_image + (n_image - kept + targets) * targets) * shape.tower_width + project
 
     @classmethod
-    def at(cls, share, n_layers, **fields):
-        return cls(rate=1 - share, **fields)
+    def at(cls, retention, n_layers, **fields):
+        return cls(rate=1 - retention, **fields)

@@ -19,6 +19,6 @@ class VTW(Strategy):
         return seen.image.float()
 
     @classmethod
-    def at(cls, share, n_layers, **fields):
-        """Here the share is one of layers: so many still see the image."""
-        return cls(first_pruned_layer=round(share * n_layers), **fields)
+    def at(cls, retention, n_layers, **fields):
+        """Here the retention is one of layers: this share of them still sees the image."""
+        return cls(first_pruned_layer=round(retention * n_layers), **fields)

@@ -1,0 +1,107 @@
+"""From measured numbers to the book: the only file that knows MyST.
+
+A notebook opens one `Chapter`, hands it its numbers, tables and finding, and closes it. Numbers are glued, so that prose on
+any page can cite them without typing them, and written to `NN_name.json` with their intervals.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from IPython.display import Markdown
+from myst_nb import glue
+
+from dyrate.data import Examples
+from dyrate.atomic import write_whole
+from study.protocol import measured
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Chapter:
+    """What one notebook measured. results: folder of the profile's results, relative to the repository."""
+
+    def __init__(self, name: str, results: str):
+        self.name = name
+        self.folder = ROOT / results
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.numbers: dict[str, dict] = {}
+        self.texts: dict[str, str] = {}
+        self.protocols: list[dict] = []
+
+    def number(self, key: str, value: float | dict) -> None:
+        """Record and glue a headline number: a plain value, or {"value", "low", "high", "n"} with its interval.
+
+        Prose cites `key`, and of an interval `key_low` and `key_high`.
+        """
+        found = value if isinstance(value, dict) else {"value": float(value)}
+        self.numbers[key] = {k: float(v) if k != "n" else int(v) for k, v in found.items()}
+        glue(key, float(found["value"]), display=False)
+        for end in ("low", "high"):
+            if end in found:
+                glue(f"{key}_{end}", float(found[end]), display=False)
+
+    def text(self, key: str, text: str) -> None:
+        """Glue a computed sentence as Markdown, and as `key_plain` for other pages, to which only plain text crosses."""
+        glue(key, Markdown(text), display=False)
+        self.texts[key] = text.replace("**", "").replace("`", "")
+        glue(f"{key}_plain", self.texts[key], display=False)
+
+    def table(self, file: str, frame: pd.DataFrame) -> None:
+        """Write the rows behind a figure as CSV."""
+        path = self.folder / file
+        write_whole(path, frame.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+
+    def protocol(
+        self, examples: Examples | str, *, metric: str | None = None, max_new_tokens: int | None = None, decoding: str = "greedy"
+    ) -> None:
+        """Record under which protocol the chapter's numbers were made (`study.protocol.measured`)."""
+        told = f"{decoding}, at most {max_new_tokens} tokens" if max_new_tokens else "none"
+        self.protocols += measured(examples, metric=metric, decoding=told)
+
+    def close(self) -> None:
+        """Write headline numbers, computed sentences and protocols: only now does the chapter count as measured.
+
+        Raises ValueError if no protocol was stated.
+        """
+        if not self.protocols:
+            raise ValueError(f"chapter {self.name} states no protocol: call chapter.protocol(examples, ...) before close()")
+        content = {"numbers": self.numbers, "texts": self.texts, "protocol": self.protocols}
+        write_whole(self.folder / f"{self.name}.json", json.dumps(content, indent=1) + "\n")
+
+
+def recorded(results: str, name: str) -> dict:
+    """What a chapter wrote into a folder of results, relative to the repository; empty if it was not run there."""
+    path = ROOT / results / f"{name}.json"
+    return json.loads(path.read_text()) if results and path.exists() else {}
+
+
+def shown_table(frame: pd.DataFrame, caption: str, name: str) -> Markdown:
+    """A table for the page, to be cited by `name`; blank where nothing is known. Needs the cell's markdown_format `myst`.
+
+    The numbers of a column have the same decimals, four digits in the largest; text that reads as a number is shown as it is.
+    """
+    columns = [_as_shown(frame.iloc[:, i]) for i in range(frame.shape[1])]
+    head = "| " + " | ".join(str(c).replace("_", " ") for c in frame.columns) + " |"
+    rule = "|" + "|".join("--:" if numbers else "---" for _, numbers in columns) + "|"
+    body = ["| " + " | ".join(row) + " |" for row in zip(*(cells for cells, _ in columns), strict=True)]
+    return Markdown("\n".join([f":::{{table}} {caption}", f":name: {name}", "", head, rule, *body, ":::"]))
+
+
+def _as_shown(column: pd.Series) -> tuple[list[str], bool]:
+    """The cells of a column as text, and whether they are numbers."""
+    known = pd.to_numeric(column, errors="coerce")
+    numbers = bool(known.notna().sum() == column.notna().sum() > 0)
+    form = "{}"
+    if pd.api.types.is_float_dtype(column) and numbers:
+        largest = known.abs().max()
+        most = min(3, max(0, 3 - int(np.floor(np.log10(largest))))) if largest > 0 else 0
+        decimals = next((d for d in range(most) if np.allclose(known.dropna(), known.dropna().round(d), atol=1e-9)), most)
+        form, column = f"{{:.{decimals}f}}", known.round(decimals) + 0.0  # no negative zero
+    elif column.dtype == object:
+        form = "{:.4g}" if numbers else "{}"  # measured beside reported
+    cells = ["" if pd.isna(value) else str(value) if isinstance(value, str) else form.format(value) for value in column]
+    return [f"[{text}]{{.sentence}}" if len(text) > 30 else text for text in cells], numbers  # study.css gives sentences room

@@ -1,0 +1,134 @@
+"""The study's images: scenes of the pocket laboratory, or photographs with captions from a folder or the hub.
+
+`examples("pocket", ...)` renders scenes; `examples("nocaps", ...)` reads a caption set of the hub (also flickr30k, coco2017);
+`examples("path/to/folder", ...)` reads photographs with a caption file beside them. A broken image never stops a run: it is
+left out and listed.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from dyrate.data import Example, Examples
+from study.caption_files import read_captions
+from study.hub_sets import SETS, read_hub_set
+from study.pocket import language
+from study.pocket.scenes import SPLITS, Scene, compose, render, seeds
+
+CAPTION_PROMPT = language.CAPTION_PROMPTS[0]  # lmms-eval's, which the paper used
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneExample(Example):
+    """An example whose image is rendered, so that what it shows is known."""
+
+    scene: Scene
+
+    def image(self) -> Image.Image:
+        return render(self.scene).image
+
+
+def has_scenes(examples: Sequence[Example]) -> bool:
+    """Whether it is known what the images show."""
+    return all(isinstance(e, SceneExample) for e in examples)
+
+
+def examples(
+    source: str | Path = "pocket", n: int | None = None, *, tasks: Sequence[str] = ("caption",), split: str | None = None,
+    seed: int = 0, start: int = 0,
+) -> Examples:  # fmt: skip
+    """`n` images per task from "pocket", from a caption set of the hub (nocaps, flickr30k, coco2017), or from a folder.
+
+    tasks: for pocket any of caption, description, recap, look_late and qa_count, qa_colour, qa_place, qa_relation,
+    qa_existence, qa_reading, each on scenes of its own; photographs have captions only. split: "train", "validation" or
+    "test", which share no image: those of the caption file if it names them, else by the image's name. By default pocket's
+    test scenes, the caption file's test images, or all photographs. start: which pocket scenes. seed: which photographs, if
+    there are more than `n`.
+    """
+    if split not in (None, *SPLITS):
+        raise ValueError(f"split is one of {', '.join(SPLITS)}, not {split!r}")
+    if str(source) == "pocket":
+        return _pocket(n or 100, tasks, split or "test", start)
+    if tuple(tasks) != ("caption",):
+        raise ValueError(f"{source}: photographs with captions offer the task 'caption' only, not {list(tasks)}")
+    if str(source) in SETS:
+        return _of_hub(str(source), n, seed, split)
+    return _of_folder(Path(source), n, seed, split)
+
+
+def _pocket(n: int, tasks: Sequence[str], split: str, start: int) -> Examples:
+    known = {"caption", *language.PROMPTS, *(f"qa_{kind}" for kind in language.QUESTION_KINDS)}
+    if unknown := set(tasks) - known:
+        raise ValueError(f"unknown pocket task {sorted(unknown)}; choose from {sorted(known)}")
+    items = []
+    for task in tasks:
+        made = 0
+        for seed in seeds(split, 4 * n, start):  # a scene without a word has nothing to read
+            if made == n:
+                break
+            scene = compose(seed)
+            turn, references = _turn(scene, task)
+            if turn is not None:
+                items.append(SceneExample(f"{task}-{seed}", task, turn.prompt, references, scene=scene))
+                made += 1
+    return Examples(items, "pocket", split=split)
+
+
+def _turn(scene: Scene, task: str) -> tuple[language.Turn | None, tuple[str, ...]]:
+    if task == "caption":
+        texts = tuple(language.captions(scene))
+        return language.Turn(task, CAPTION_PROMPT, texts[0]), texts
+    if task in language.PROMPTS:
+        turn = language.long_turn(scene, task, prompt=0)
+    else:
+        turn = language.question(scene, task.removeprefix("qa_"))
+    return turn, (turn.response,) if turn else ()
+
+
+def _of_folder(folder: Path, n: int | None, seed: int, split: str | None) -> Examples:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such folder of photographs: {folder} (or name one of {', '.join(SETS)}, or pocket)")
+    files = {p.name: p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_TYPES}
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no image ({', '.join(IMAGE_TYPES)})")
+    captions = read_captions(folder)
+    names = [name for name, texts in captions.texts.items() if texts]
+    found = Examples([], str(folder), split=split or ("test" if captions.splits else "all"))
+    if captions.splits:
+        names, split = [name for name in names if captions.splits[name] == found.split], None
+    for name in [name for name in names if name not in files]:
+        found.report(f"{captions.origin}: the caption of {name} has no image file in {folder}")
+    there = [name for name in names if name in files]
+    if not there:
+        raise ValueError(f"{captions.origin}: none of its {len(names)} captioned images is in {folder}")
+    chosen = _chosen(there, n, seed, split)
+    found.items = [Example(name, "caption", CAPTION_PROMPT, tuple(captions.texts[name]), path=files[name]) for name in chosen]
+    return found
+
+
+def _of_hub(source: str, n: int | None, seed: int, split: str | None) -> Examples:
+    captions, opens = read_hub_set(source)
+    published = SETS[source].split
+    found = Examples([], source, split=published if split is None else f"{split} of {published}")
+    for name in [name for name, texts in captions.items() if not texts]:
+        found.report(f"{source}: {name} has no caption")
+    if not any(captions.values()):
+        raise ValueError(f"{source}: no captions in it")
+    chosen = _chosen([name for name, texts in captions.items() if texts], n, seed, split)
+    found.items = [Example(name, "caption", CAPTION_PROMPT, tuple(captions[name]), opens=opens[name]) for name in chosen]
+    return found
+
+
+def _chosen(names: list[str], n: int | None, seed: int, split: str | None) -> list[str]:
+    """`n` of a split of the names: by name, so that a photograph stays where it is when others come."""
+    if split is not None:
+        share = {"train": range(6), "validation": range(6, 7), "test": range(7, 10)}[split]
+        names = [name for name in names if zlib.crc32(name.encode()) % 10 in share]
+    return sorted(random.Random(seed).sample(names, n)) if n is not None and n < len(names) else names

@@ -1,0 +1,189 @@
+"""How long a chapter takes and how much memory it needs, told before it runs.
+
+The ledger (`dyrate.cost`) counts multiply-accumulates and bytes of what a profile asks for; a probe of seconds measures what
+the device does of each in a second, and how long Python takes for a layer, below which no small batch falls. Every answer is
+taken to be as long as it may be.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dyrate.cost import Shape, decode_macs, prefill_macs, read_bytes, tower_macs
+from study.memory import parameters, to_answer, to_train
+from dyrate.strategies import STRATEGIES  # noqa: F401  (all are registered before a lineup is made)
+from dyrate.strategy import lineup
+from dyrate.training import Settings
+
+TEXT = 56  # text tokens of a prompt, as in the efficiency chapter
+CALIBRATION, CONSTANTS, FORETOLD = 7, 12, 12  # in chapter 2: rounds at most, constant rates, and those set against the gradient
+CONTROLS, FEW = 8, 3  # in chapter 7, and under its other conditions
+LARGE = 1e9  # parameters that want a GPU
+CONTEXT = 2**30  # bytes that a GPU's libraries take
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device does in a second. seconds_per_layer: of Python, for a layer of one step, however narrow. memory: bytes.
+
+    itemsize: bytes of a number in the type that `load` takes there.
+    """
+
+    name: str
+    macs_per_second: float
+    bytes_per_second: float
+    seconds_per_layer: float
+    memory: float = float("inf")
+    itemsize: int = 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a chapter does. answers: generated, at most `longest` tokens each, `batch` rows together (beams count).
+
+    taught: sequences run forward once; trained: forward and backward, `train_batch` together; held: sequences whose hidden
+    states stay in memory for training.
+    """
+
+    answers: int = 0
+    longest: int = 64
+    batch: int = 1
+    taught: int = 0
+    trained: int = 0
+    train_batch: int = 1
+    held: int = 0
+    checkpointing: bool = False
+
+
+def work(chapter: str, values: dict, layers: int, predictors: Sequence[str]) -> Work:
+    """What a chapter (its notebook's name) does with these parameters, on a model of so many layers.
+
+    predictors: names of those that lie in its folder, or will.
+    """
+    v = values
+    common = {"longest": v.get("max_new_tokens", 0), "batch": v.get("batch_size", 1)}
+    per_set = v.get("n", 0) * len(v.get("tasks", [0]))
+    if chapter.startswith("01"):
+        return Work(answers=per_set, **common)
+    if chapter.startswith("02"):
+        learn, check, unseen = (v[key] * len(v["tasks"]) for key in ("n_train", "n_validation", "n_test"))
+        budgets = len(v["budgets"])
+        return Work(
+            answers=budgets * (CALIBRATION * check + unseen), **common,
+            taught=(budgets + 1) * learn + (CONSTANTS + FORETOLD + budgets + 2) * unseen, held=learn,
+            trained=(budgets + 1) * v["steps"] * v["batch"] * v["accumulate"], train_batch=v["batch"],
+            checkpointing=v["checkpointing"],
+        )  # fmt: skip
+    if chapter.startswith("03"):
+        compared = lineup(v["shares"], layers, v["strategies"], scenes=v["source"] == "pocket")
+        return Work(answers=per_set * (len(compared) + len(fnmatch.filter(predictors, v["pattern"]))), **common)
+    if chapter.startswith("04"):
+        beams = [line.get("generate", {}).get("num_beams", 1) for line in v["ablations"]]
+        training = [Settings(**line["train"]) for line in v["ablations"] if "train" in line]
+        learn, check = (v[key] * len(v["learn_tasks"]) for key in ("n_train", "n_validation"))
+        return Work(
+            answers=per_set * (len(v["constant_shares"]) + sum(beams)) + len(training) * CALIBRATION * check,
+            longest=v["max_new_tokens"], batch=v["batch_size"] * max(beams), taught=len(training) * learn,
+            trained=sum(t.steps * t.batch * t.accumulate for t in training), held=learn if training else 0,
+            train_batch=max((t.batch for t in training), default=1), checkpointing=all(t.checkpointing for t in training),
+        )  # fmt: skip
+    if chapter.startswith("06"):
+        return Work(answers=v["n"], **common)
+    if chapter.startswith("07"):
+        seeds = [len(fnmatch.filter(predictors, f"{start}*")) for start in (v["prefix"], *v["others"].values())]
+        watched = sum(seeds) * v["n_validation"] * len(v["tasks"])
+        return Work(answers=watched + (sum(seeds) + CONTROLS + FEW * len(v["others"])) * per_set, **common)
+    return Work()
+
+
+def seconds(found: Work, shape: Shape, machine: Machine) -> float:
+    """How long the work takes: each batch and step by what bounds it, arithmetic, memory or Python."""
+    prompt, itemsize = TEXT + max(0, shape.patches - 1), machine.itemsize
+    rows = min(found.batch, found.answers)
+
+    def bound(macs: float, size: float, passes: int = 1) -> float:
+        arithmetic, memory = macs / machine.macs_per_second, size / machine.bytes_per_second
+        return max(arithmetic, memory, passes * shape.layers * machine.seconds_per_layer)
+
+    whole = prefill_macs(shape, [prompt] * shape.layers) + tower_macs(shape)
+    middle = [prompt + found.longest // 2] * shape.layers
+    total = 0.0
+    if found.answers:
+        step = bound(rows * decode_macs(shape, middle), read_bytes(shape, middle, itemsize, rows))
+        total += found.answers / rows * (bound(rows * whole, 0) + max(0, found.longest - 1) * step)
+    total += found.taught * bound(whole, 0)
+    if found.trained:  # the weights are frozen: backward costs what forward does, twice in attention
+        passes = 3 if found.checkpointing else 2
+        total += found.trained / found.train_batch * bound(passes * found.train_batch * whole, 0, passes=3)
+    return total
+
+
+def memory(found: Work, shape: Shape, itemsize: int = 2) -> float:
+    """Bytes that the work needs: the larger of answering and training (`study.memory`)."""
+    image = max(0, shape.patches - 1)
+    rows = min(found.batch, found.answers)
+    needs = [to_answer(shape, [TEXT + image] * shape.layers, found.longest, rows, itemsize)]
+    if found.trained:
+        how = {"batch": found.train_batch, "examples": found.held, "checkpointing": found.checkpointing, "itemsize": itemsize}
+        needs.append(to_train(shape, image, TEXT, found.longest, **how))
+    return max(sum(need.values()) for need in needs) + CONTEXT
+
+
+def probe(device: str | torch.device | None = None) -> Machine:
+    """Measure a device, in seconds: a matrix product, a copy, and decode steps of a model too narrow to compute."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on_gpu = device.type == "cuda"
+    dtype, size = (torch.bfloat16, 4096) if on_gpu else (torch.float32, 1024)
+
+    def best(run, repeats: int = 5) -> float:
+        times = []
+        for _ in range(repeats + 1):
+            begun = time.perf_counter()
+            run()
+            if on_gpu:
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - begun)
+        return min(times[1:])
+
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    product = best(lambda: a @ b)
+    block = torch.zeros(2**28 if on_gpu else 2**25, device=device, dtype=torch.uint8)
+    copy = best(block.clone)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=8, num_attention_heads=2, pad_token_id=0
+    )
+    narrow = LlamaForCausalLM(config).eval().to(device, dtype)
+    ids, steps = torch.ones(1, 8, dtype=torch.long, device=device), 16
+    settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "min_new_tokens": steps, "max_new_tokens": steps}
+    with torch.inference_mode():
+        decode = best(lambda: narrow.generate(ids, **settings), 3)
+    speeds = size**3 / product, 2 * block.numel() / copy, decode / steps / config.num_hidden_layers
+    held = torch.cuda.get_device_properties(device).total_memory if on_gpu else float("inf")
+    return Machine(name_of_device(), *speeds, held, dtype.itemsize)
+
+
+def name_of_device() -> str:
+    """The GPU's name, or CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def check_fits(found: Work, shape: Shape, machine: Machine, model: str) -> None:
+    """Raises ValueError that says what is missing and what to change, if the machine cannot do the work."""
+    if parameters(shape) > LARGE and machine.memory == float("inf"):
+        raise ValueError(
+            f"{model} has {parameters(shape) / 1e9:.1f} billion parameters and needs a GPU, and none is found here: run where "
+            "there is one, or take the profile pocket"
+        )
+    need, weights = memory(found, shape, machine.itemsize), parameters(shape) * machine.itemsize
+    if need > machine.memory:
+        raise ValueError(
+            f"{model} needs about {need / 2**30:.0f} GiB here, {weights / 2**30:.0f} of them for its weights, and {machine.name} "
+            f"has {machine.memory / 2**30:.0f}: lower batch_size (now {found.batch}) or n_train, take a larger GPU, or several "
+            'with device_map: "auto"'
+        )

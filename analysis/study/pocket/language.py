@@ -1,0 +1,258 @@
+"""What is said about a scene: captions, descriptions, questions and answers, in plain grammatical English.
+
+All texts follow from the scene and a seed of their own, so that one scene can be told in many ways. `read_description`
+goes the other way: it reads a description back into groups, which is how generated text is scored.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+
+from study.pocket.scenes import COLOURS, PLACES, THINGS, WORDS, Group, Scene, compose, seeds
+
+NUMERALS = ("a", "two", "three")
+PLURAL = {thing: plural for thing, (_, plural) in THINGS.items()}
+COUNTS = ("one", "two", "three")
+
+CAPTION_PROMPTS = (
+    "Provide a one-sentence caption for the provided image.",  # the paper's (lmms-eval's)
+    "Write a short caption.",
+    "What does the picture show?",
+)
+PROMPTS = {
+    "description": ("Describe the image in detail.", "Tell me everything you see.", "What is in this picture, and where?"),
+    "recap": ("Describe the image, then sum it up.", "Tell me what you see and repeat it at the end."),
+    "look_late": ("Describe the image, sum it up, then tell what is left.", "Keep one thing for the end."),
+}  # fmt: skip
+QUESTION_KINDS = ("count", "colour", "place", "relation", "existence", "reading")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One instruction and the response to it. task: caption, description, recap, look_late or qa_<kind>."""
+
+    task: str
+    prompt: str
+    response: str
+
+
+def noun_phrase(group: Group, size: bool = False) -> str:
+    """ "two red snowmen", "an orange cup", with `size` "a large red sun"."""
+    words = [*([group.size] if size else []), group.colour, group.thing if group.count == 1 else PLURAL[group.thing]]
+    numeral = NUMERALS[group.count - 1]
+    if numeral == "a" and words[0][0] in "aeiou":
+        numeral = "an"
+    return " ".join([numeral, *words])
+
+
+def place_phrase(place: int, rng: random.Random) -> str:
+    """ "in the top left corner", "at the top", "on the left", "in the centre"."""
+    name = PLACES[place]
+    if " " in name:
+        return rng.choice((f"in the {name} corner", f"at the {name}"))
+    if name == "centre":
+        return rng.choice(("in the centre", "in the middle"))
+    return f"at the {name}" if name in ("top", "bottom") else f"on the {name}"
+
+
+def captions(scene: Scene, n: int = 5) -> list[str]:
+    """`n` different one-sentence captions; they name the large groups only, in reading order."""
+    rng = random.Random(f"captions {scene.seed}")
+    subjects = scene.subjects
+    named = " and ".join(noun_phrase(g) for g in subjects)
+    be = _be(subjects[0])
+    forms = [
+        f"{named}.", f"There {be} {named}.", f"A picture of {named}.", f"An image of {named}.",
+        f"The picture shows {named}.", f"{named} in a picture.", f"{named} on a {scene.texture} ground.",
+        f"There {be} {named} on a {scene.texture} ground.",
+    ]  # fmt: skip
+    return [_sentence(form) for form in rng.sample(forms, n)]
+
+
+def description(scene: Scene, telling: int = 0) -> str:
+    """Every group with colour, count and place, in random order and varied words: 30 to 70 tokens."""
+    rng = random.Random(f"description {scene.seed} {telling}")
+    groups = rng.sample(scene.groups, len(scene.groups))
+    few = len(groups) <= 3
+    sentences = _told(groups, rng, size=few)
+    if few or (len(groups) < 6 and rng.random() < 0.3):
+        sentences.insert(0, _opening(len(groups), rng))
+    if few or rng.random() < 0.3:
+        sentences.append(f"The ground is {scene.texture}.")
+    if len(groups) == 2:
+        sentences.append("Nothing else stands out." if scene.word is None else "A word is painted there too.")
+    return " ".join(sentences)
+
+
+def recap(scene: Scene, telling: int = 0) -> str:
+    """A description whose last sentence only repeats what was said: late words do not need the image."""
+    rng = random.Random(f"recap {scene.seed} {telling}")
+    groups = rng.sample(scene.groups, len(scene.groups))
+    return " ".join([*_told(groups, rng), _summary(groups, rng)])
+
+
+def look_late(scene: Scene, telling: int = 0) -> str:
+    """A description, its summary, then one group not said before: the last words need the image."""
+    rng = random.Random(f"look_late {scene.seed} {telling}")
+    *groups, last = rng.sample(scene.groups, len(scene.groups))
+    where = place_phrase(last.place, rng)
+    ending = rng.choice(
+        (f"One thing is left: {where} {_be(last)} {noun_phrase(last)}.", f"Last, {where} {_be(last)} {noun_phrase(last)}.")
+    )
+    return " ".join([*_told(groups, rng), _summary(groups, rng), ending])
+
+
+def long_turn(scene: Scene, task: str, telling: int = 0, prompt: int | None = None) -> Turn:
+    """A description, recap or look_late turn. prompt: which wording of the instruction (default: drawn)."""
+    tell = {"description": description, "recap": recap, "look_late": look_late}[task]
+    wordings = PROMPTS[task]
+    chosen = random.Random(f"prompt {scene.seed} {telling}").randrange(len(wordings)) if prompt is None else prompt
+    return Turn(task, wordings[chosen], tell(scene, telling))
+
+
+def question(scene: Scene, kind: str, telling: int = 0) -> Turn | None:
+    """A question of one kind with its short answer, or None where the scene has nothing to ask (no word, no contrast)."""
+    rng = random.Random(f"{kind} {scene.seed} {telling}")
+    group = rng.choice(scene.groups)
+    the = f"the {_name(group)}"
+    if kind == "count":
+        text, answer = f"How many {PLURAL[group.thing]} are there?", COUNTS[group.count - 1]
+    elif kind == "colour":
+        text, answer = f"What colour {_be(group)} {the}?", group.colour
+    elif kind == "place":
+        text, answer = f"Where {_be(group)} {the}?", PLACES[group.place]
+    elif kind == "relation":
+        return _relation(scene, rng)
+    elif kind == "existence":
+        return _existence(scene, rng)
+    else:
+        if scene.word is None:
+            return None
+        text, answer = rng.choice(("What word is written?", "Which word can you read?")), scene.word
+    return Turn(f"qa_{kind}", text, answer)
+
+
+def _relation(scene: Scene, rng: random.Random) -> Turn | None:
+    pairs = []
+    for a in scene.groups:
+        for b in scene.groups:
+            across, down = a.place % 3 - b.place % 3, a.place // 3 - b.place // 3
+            if across:
+                pairs.append((a, b, "left or right of", "left" if across < 0 else "right"))
+            if down:
+                pairs.append((a, b, "above or below", "above" if down < 0 else "below"))
+    a, b, choice, answer = rng.choice(pairs)
+    return Turn("qa_relation", f"{_Be(a)} the {_name(a)} {choice} the {_name(b)}?", answer)
+
+
+def _existence(scene: Scene, rng: random.Random) -> Turn:
+    """Half yes. A hard no has a thing of the scene in the wrong colour, or an absent thing in a colour of the scene."""
+    group = rng.choice(scene.groups)
+    shown = {g.thing for g in scene.groups}
+    colour, thing, answer = group.colour, group.thing, "yes"
+    if rng.random() < 0.5:
+        answer = "no"
+        if rng.random() < 0.5:
+            colour = rng.choice([c for c in COLOURS if c != group.colour])
+        else:
+            thing = rng.choice([t for t in THINGS if t not in shown])
+    article = "an" if colour[0] in "aeiou" else "a"
+    return Turn("qa_existence", f"Is there {article} {colour} {thing}?", answer)
+
+
+def _told(groups: list[Group], rng: random.Random, size: bool = False) -> list[str]:
+    """Sentences that name the groups with colour, count and place; two a sentence where there are many."""
+    sentences, rest = [], list(groups)
+    while rest:
+        group, where = rest[0], place_phrase(rest[0].place, rng)
+        phrase, be = noun_phrase(group, size), _be(group)
+        if not size and len(rest) > 1 and len(groups) > 3:
+            other = rest[1]
+            also, there = noun_phrase(other), place_phrase(other.place, rng)
+            forms = (
+                f"There {be} {phrase} {where} and {also} {there}.",
+                f"{where} {be} {phrase}, and {there} {_be(other)} {also}.",
+                f"{phrase} {be} {where}, {also} {there}.",
+            )
+            rest = rest[2:]
+        else:
+            forms = (
+                f"There {be} {phrase} {where}.", f"{where} {be} {phrase}.", f"{phrase} {be} {where}.",
+                f"{where} you can see {phrase}.",
+            )  # fmt: skip
+            rest = rest[1:]
+        sentences.append(_sentence(rng.choice(forms)))
+    return sentences
+
+
+def _summary(groups: list[Group], rng: random.Random) -> str:
+    *firsts, last = [noun_phrase(g) for g in rng.sample(groups, len(groups))]
+    listed = f"{', '.join(firsts)} and {last}" if firsts else last
+    return rng.choice((f"To sum up: {listed}.", f"In short, you see {listed}."))
+
+
+def _opening(n: int, rng: random.Random) -> str:
+    number = ("two", "three", "four", "five", "six")[n - 2]
+    return rng.choice((f"The picture shows {number} kinds of things.", f"You can see {number} kinds of things in the image."))
+
+
+def _name(group: Group) -> str:
+    return group.thing if group.count == 1 else PLURAL[group.thing]
+
+
+def _be(group: Group) -> str:
+    return "is" if group.count == 1 else "are"
+
+
+def _Be(group: Group) -> str:
+    return _be(group).capitalize()
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+_THING = {form: thing for thing, plural in PLURAL.items() for form in (thing, plural)}
+_GROUP = re.compile(
+    rf"\b(an?|two|three) (?:(?:small|large) )?({'|'.join(COLOURS)}) ({'|'.join(sorted(_THING, key=len, reverse=True))})\b", re.I
+)
+_PLACE = re.compile(rf"\b(?:in|at|on) the ({'|'.join(sorted(PLACES, key=len, reverse=True))}|middle)\b", re.I)
+
+
+def read_description(text: str) -> list[dict]:
+    """Read the groups that a description names: dicts of thing, colour, count and place (None if it has none).
+
+    Each place belongs to the group beside it in the same clause: "on the left is a cup", "a cup is on the left".
+    """
+    named = []
+    for sentence in re.split(r"[.:]", text):
+        groups, places = list(_GROUP.finditer(sentence)), list(_PLACE.finditer(sentence))
+        for i, match in enumerate(groups):
+            place = places[i].group(1).lower() if i < len(places) else None
+            count = {"two": 2, "three": 3}.get(match.group(1).lower(), 1)
+            named.append({
+                "thing": _THING[match.group(3).lower()], "colour": match.group(2).lower(), "count": count,
+                "place": None if place is None else PLACES.index({"middle": "centre"}.get(place, place)),
+            })  # fmt: skip
+    return named
+
+
+def vocabulary() -> list[str]:
+    """Every word and punctuation mark that the laboratory's language can produce, sorted."""
+    words = {"one", "yes", "no", *WORDS, *" ".join(PLACES).split()}
+    words |= {w for t in COLOURS for w in (t, t.capitalize())}
+    for seed in seeds("train", 3000):
+        scene = compose(seed)
+        texts = [t.prompt + " " + t.response for t in every_turn(scene)] + list(CAPTION_PROMPTS) + captions(scene)
+        words |= set(re.findall(r"[A-Za-z]+|[^\sA-Za-z]", " ".join(texts)))
+    return sorted(words)
+
+
+def every_turn(scene: Scene) -> list[Turn]:
+    """One turn of each task that the scene allows."""
+    turns = [Turn("caption", CAPTION_PROMPTS[0], captions(scene)[0])]
+    turns += [long_turn(scene, task) for task in PROMPTS]
+    turns += [turn for kind in QUESTION_KINDS if (turn := question(scene, kind))]
+    return turns

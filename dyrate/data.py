@@ -1,0 +1,99 @@
+"""Images with an instruction and reference answers, in batches that a broken picture does not stop."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image with an instruction and reference answers.
+
+    name: unique within a data set. path: the image file; in its place `opens`, a function that opens the image.
+    """
+
+    name: str
+    task: str
+    prompt: str
+    references: tuple[str, ...]
+    path: Path | None = None
+    opens: Callable[[], Image.Image] | None = field(default=None, repr=False, compare=False)
+
+    def image(self) -> Image.Image:
+        """The image in RGB. Raises OSError naming the file where it cannot be read."""
+        try:
+            with self.opens() if self.opens else Image.open(self.path) as image:
+                return image.convert("RGB")
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise OSError(f"{self.path or self.name} cannot be read as an image: {error}") from error
+
+
+@dataclass
+class Examples(Sequence):
+    """Examples and what was wrong with the data: `problems` lists each left-out file or caption with its reason."""
+
+    items: list[Example]
+    source: str
+    problems: list[str] = field(default_factory=list)
+    split: str = "all"
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+    def batches(self, size: int) -> Iterator[tuple[list[Example], list[Image.Image]]]:
+        """Examples with their images, `size` at a time; an image that cannot be read is reported and skipped."""
+        batch, images = [], []
+        for example in self.items:
+            try:
+                image = example.image()
+            except OSError as error:
+                self.report(str(error))
+                continue
+            batch.append(example)
+            images.append(image)
+            if len(batch) == size:
+                yield batch, images
+                batch, images = [], []
+        if batch:
+            yield batch, images
+
+    def report(self, problem: str) -> None:
+        """Note a problem once, and warn."""
+        if problem not in self.problems:
+            self.problems.append(problem)
+            warnings.warn(problem, stacklevel=3)
+
+
+def read_examples(path: str | Path) -> Examples:
+    """Examples from a file of JSON lines, {"image": file, "prompt": text, "answer": text or list, "task": name}.
+
+    image: relative to the file. task may be left out. Raises FileNotFoundError, or ValueError that names file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'no such file: {path}. It should hold lines {{"image": ..., "prompt": ..., "answer": ...}}')
+    items = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            image, prompt, answer = row["image"], row["prompt"], row["answer"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f'{path}, line {number}: needs {{"image": ..., "prompt": ..., "answer": ...}} ({error})') from error
+        references = (answer,) if isinstance(answer, str) else tuple(answer)
+        if not references:
+            raise ValueError(f"{path}, line {number}: no answer")
+        items.append(Example(f"{number}-{Path(image).name}", row.get("task", "all"), prompt, references, path.parent / image))
+    if not items:
+        raise ValueError(f"{path} holds no example")
+    return Examples(items, str(path))

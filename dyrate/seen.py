@@ -1,0 +1,150 @@
+"""What a strategy sees when it decides, and the two steps from its answer to a set of tokens: how many, and which."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dyrate.attention import LayerAttention
+from dyrate.data import Example
+from dyrate.segments import Segments, segment_shares
+
+
+@dataclass
+class Vision:
+    """What the vision tower computed for each image token, before the projector. Needs a tower with one [CLS] an image.
+
+    cls_attention: of the layer whose features are used, mean over heads. keys: of that layer, heads side by side.
+    project: from features to hidden states of the decoder.
+    """
+
+    features: Float[Tensor, "batch image_token vision_width"]
+    cls_attention: Float[Tensor, "batch image_token"]
+    keys: Float[Tensor, "batch image_token key_width"]
+    project: Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Seen:
+    """What a strategy may look at when it decides, for every row of the batch.
+
+    step: 0 in the prefill, then 1, 2, ... for each new token. layer: the first layer that will miss what is dropped now.
+    image: True at real image tokens (rows with fewer than others are padded at the end). kept: those that may be kept.
+    positions: of each image token in the prompt. segments: the kind of each prompt position. observed: the attention of
+    each observed layer in this pass. columns: prompt position of each key of the layer before, None if all are there.
+    examples: which example each row is, where the caller told.
+    """
+
+    step: int
+    layer: int
+    n_layers: int
+    image: Bool[Tensor, "batch image_token"]
+    kept: Bool[Tensor, "batch image_token"]
+    positions: Tensor
+    segments: Segments
+    observed: dict[int, LayerAttention] = field(default_factory=dict)
+    columns: Tensor | None = None
+    examples: Sequence[Example] | None = None
+    notes: dict = field(default_factory=dict)  # scratch, for what `keep`, `score` and `merge` share in one decision
+    read_hidden: Callable[[Tensor], Tensor] | None = None
+    read_vision: Callable[[], Vision] | None = None
+    read_no_rope: Callable[[], Tensor] | None = None
+
+    @cached_property
+    def attention(self) -> Float[Tensor, "batch head image_token"]:
+        """Attention weights of the newest query on each image token, in the layer before; 0 where the token was dropped."""
+        return self._on_images(self._before.newest)
+
+    @cached_property
+    def shares(self) -> Float[Tensor, "batch head 4"]:
+        """The newest query's attention to system, image, instruction and response tokens: the predictor's features."""
+        kind = self.segments.kind if self.columns is None else self.segments.kind.gather(1, self.columns)
+        return segment_shares(self._before.newest, Segments(kind))
+
+    def shares_in(self, layer: int) -> Float[Tensor, "batch head 4"]:
+        """The same shares in another observed layer, before the first pruned one."""
+        return self.shares if layer == self.layer - 1 else segment_shares(self.observed[layer].newest, self.segments)
+
+    @cached_property
+    def instruction_attention(self) -> tuple[Float[Tensor, "batch text image_token"], Bool[Tensor, "batch text"]]:
+        """Attention of each instruction token on each image token, mean over heads, and which are real. Prefill only."""
+        order, real = self._instruction
+        return self._on_images(self._before.rows(self.slots(order))).mean(1), real
+
+    @property
+    def no_rope_attention(self) -> Float[Tensor, "batch head image_token"]:
+        """The newest query's attention as it were without rotary positions. Prefill only; ask with `needs = {"no_rope"}`."""
+        return self._on_images(self.read_no_rope())
+
+    @property
+    def hidden(self) -> Float[Tensor, "batch image_token width"]:
+        """Hidden states of the image tokens as they enter `layer`. Prefill only."""
+        return self.read_hidden(self.slots(self.positions))
+
+    @property
+    def instruction_hidden(self) -> Float[Tensor, "batch text width"]:
+        """Hidden states of the instruction tokens as they enter `layer`. Prefill only."""
+        return self.read_hidden(self.slots(self._instruction[0]))
+
+    @cached_property
+    def vision(self) -> Vision:
+        """What the vision tower computed. Prefill only; ask with `needs = {"vision"}`."""
+        return self.read_vision()
+
+    def example_of_each_row(self) -> list[Example]:
+        """The example of each row; with beams several rows come from one. Raises ValueError where the caller told none."""
+        if not self.examples:
+            raise ValueError("this strategy needs to know its examples: apply it as `strategy(model, processor, examples=batch)`")
+        rows = len(self.image)
+        return [self.examples[row * len(self.examples) // rows] for row in range(rows)]
+
+    @cached_property
+    def _instruction(self) -> tuple[Tensor, Tensor]:
+        """Positions of the instruction tokens in the prompt, (batch, text), and which are real."""
+        return self.segments.positions("instruction")
+
+    @property
+    def _before(self) -> LayerAttention:
+        if self.layer - 1 not in self.observed:
+            raise RuntimeError("there is no attention to read before the first layer: use first_pruned_layer >= 1")
+        return self.observed[self.layer - 1]
+
+    def slots(self, positions: Tensor) -> Tensor:
+        """Where prompt positions stand among the keys of the layer before; 0 where they were dropped."""
+        if self.columns is None:
+            return positions
+        slot = torch.zeros_like(self.segments.kind)
+        slot.scatter_(1, self.columns, torch.arange(self.columns.shape[1], device=slot.device).expand_as(self.columns))
+        return slot.gather(1, positions)
+
+    def _on_images(self, rows: Float[Tensor, "batch *n key"]) -> Float[Tensor, "batch *n image_token"]:
+        shape = (len(self.kept), *[1] * (rows.ndim - 2), -1)
+        index = self.slots(self.positions).view(shape).expand(*rows.shape[:-1], -1)
+        return rows.gather(-1, index) * (self.kept & self.image).view(shape)
+
+
+def kept_count(n_image: int, retention: float) -> int:
+    """Image tokens kept at a retention ratio 1 - R: `n - floor(n R)` (arXiv:2501.14204, Eq. 3), that is `ceil(n * retention)`.
+
+    Rounded to three digits first, so that the float32 number next to .3 keeps 3 tokens of 10, not 4.
+    """
+    return math.ceil(round(n_image * retention, 3))
+
+
+def choose(
+    score: Float[Tensor, "batch image_token"], candidates: Bool[Tensor, "batch image_token"], counts: Sequence[int]
+) -> Bool[Tensor, "batch image_token"]:
+    """The `counts[row]` best candidates of each row; of equals the first."""
+    order = score.float().masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    if min(counts) == max(counts):
+        best = torch.zeros_like(candidates).scatter_(1, order[:, : counts[0]], True)
+    else:
+        wanted = torch.tensor(counts, device=score.device)[:, None]
+        best = torch.zeros_like(candidates).scatter_(1, order, torch.arange(score.shape[1], device=score.device) < wanted)
+    return best & candidates

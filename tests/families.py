@@ -1,0 +1,103 @@
+"""Tiny random models of the supported families: what holds for them holds for any weights."""
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+)
+
+TEXT = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
+    bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+IMAGE = 60
+
+
+def llava():
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4
+    )
+    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_index=IMAGE, image_seq_length=16)
+    return LlavaForConditionalGeneration(config), 16, lambda rows: {"pixel_values": torch.randn(rows, 3, 16, 16)}
+
+
+def _of_qwen(config_class, model_class, vision):
+    """Both Qwen families: 3-D rotary positions, and patches flattened over all images."""
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+    config = config_class(
+        text_config={**TEXT, "rope_scaling": rope, "rope_parameters": {**rope, "rope_theta": 10000.0}},
+        vision_config=vision, image_token_id=IMAGE, video_token_id=61, vision_start_token_id=58, vision_end_token_id=59,
+    )  # fmt: skip
+
+    def images(rows):
+        grid = torch.tensor([[1, 8, 8]] * rows)
+        return {"pixel_values": torch.randn(64 * rows, 3 * 2 * 16), "image_grid_thw": grid}
+
+    return model_class(config), 16, images
+
+
+def qwen():
+    vision = dict(depth=2, embed_dim=32, num_heads=4, patch_size=4, spatial_merge_size=2, hidden_size=32, mlp_ratio=2)
+    return _of_qwen(Qwen2VLConfig, Qwen2VLForConditionalGeneration, vision)
+
+
+def idefics():
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4)
+    text = {**TEXT, "model_type": "llama"}
+    config = Idefics3Config(vision_config=vision, text_config=text, image_token_id=IMAGE, scale_factor=2, pad_token_id=0)
+    return Idefics3ForConditionalGeneration(config), 4, lambda rows: {"pixel_values": torch.randn(rows, 1, 3, 16, 16)}
+
+
+def llava_next():
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4
+    )
+    config = LlavaNextConfig(
+        vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_index=IMAGE, image_grid_pinpoints=[[32, 32]]
+    )
+
+    def images(rows):  # the whole picture and four crops: 16 + 8 x 8 tokens and 8 line ends
+        return {"pixel_values": torch.randn(rows, 5, 3, 16, 16), "image_sizes": torch.tensor([[32, 32]] * rows)}
+
+    return LlavaNextForConditionalGeneration(config), 88, images
+
+
+def qwen_2_5():
+    vision = dict(
+        depth=2, hidden_size=32, num_heads=4, patch_size=4, spatial_merge_size=2, out_hidden_size=32, intermediate_size=48,
+        window_size=16, fullatt_block_indexes=[1],
+    )  # fmt: skip
+    return _of_qwen(Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, vision)
+
+
+def smolvlm():
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4)
+    text = {**TEXT, "model_type": "llama"}
+    config = SmolVLMConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, scale_factor=2, pad_token_id=0)
+    return SmolVLMForConditionalGeneration(config), 4, lambda rows: {"pixel_values": torch.randn(rows, 1, 3, 16, 16)}
+
+
+def ready(make):
+    """(model, inputs of a ragged left-padded batch of two)."""
+    torch.manual_seed(0)
+    model, n_image, images = make()
+    model.eval()
+    model.generation_config.eos_token_id = None
+    rows = [[1, 5, 6, *[IMAGE] * n_image, 7, 8, 9], [0, 0, 1, 5, *[IMAGE] * n_image, 9, 10]]
+    ids = torch.tensor(rows)
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long(), **images(2)}
+    if "image_grid_thw" in inputs:
+        inputs["mm_token_type_ids"] = (ids == IMAGE).long()
+    return model, inputs

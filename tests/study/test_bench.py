@@ -1,0 +1,195 @@
+"""The bench at sizes of seconds: its names, its arithmetic against hand-made numbers, its ledger against tensors counted."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from live_bytes import LiveBytes
+
+import dyrate
+from dyrate import forcing, training
+from study.bench import runs, shown, table3
+from study.bench.__main__ import main
+from study.bench.roofline import Machine
+from dyrate.cost import LLAVA_7B, LLAVA_13B, read_bytes
+from study.memory import parameters, to_answer, to_train
+from dyrate.predictor import RatePredictor, gumbel_one_hot
+
+SMALL = runs.small_shape(4, 64, 4, 8)
+GRID = table3.Grid(budgets=(0.33,), batches=(1,), images=(1,), lengths=(4, 12), repeats=1)
+CONTRACT = {"keep1_over_plain", "prefill_realised_r50", "prefill_realised_r90", "decode_b8_r90_realised"}
+
+
+@pytest.fixture(scope="module")
+def small():
+    return runs.build(SMALL)
+
+
+def test_the_small_bench_writes_one_set_of_names(tmp_path):
+    main(["prune", "--layers", "3", "--width", "32", "--side", "4", "--heads", "2", "--repeats", "1", "--new-tokens", "4",
+          "--out", str(tmp_path / "bench.json")])  # fmt: skip
+    content = json.loads((tmp_path / "bench.json").read_text())
+    assert set(content["bars"]) == CONTRACT <= set(content["results"])
+    assert {row["case"] for row in content["table"]} | {"deciding_share"} == set(content["results"])
+    assert all(found["low"] <= found["value"] <= found["high"] for found in content["results"].values())
+    assert 0 < content["results"]["deciding_share"]["value"] < 1
+
+
+@pytest.mark.parametrize("budget", [0.25, 0.33, 0.5, 0.75])
+def test_a_forced_rate_is_met_while_tokens_leave_step_by_step(small, budget):
+    found = runs.timed(small, 2, 64, runs.forced(SMALL, budget, 64), deciding=True)
+    assert abs(found.kept - budget) < 0.02
+    assert len(found.deciding) == len(found.steps) == 63
+    assert (found.deciding < found.steps).all()
+    whole = runs.timed(small, 2, 64)
+    assert found.cache < whole.cache
+    torch.manual_seed(0)
+    with runs.forced(SMALL, budget, 64)(small) as trace:
+        small.generate(**prompt(small), min_new_tokens=64, max_new_tokens=64, suppress_tokens=[runs.IMAGE])
+    assert trace.steps[0].stages[0].counts[0] > trace.steps[30].stages[0].counts[0] > trace.steps[63].stages[0].counts[0]
+
+
+def prompt(model):
+    ids = torch.tensor([[*runs.BEFORE, *[runs.IMAGE] * 64, *runs.AFTER]])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.zeros(1, 3, 112, 112)}
+
+
+def test_the_table_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    out = tmp_path / "gpu" / "bench.json"
+    measured, real = [], table3.measure
+
+    def interrupted(*given):
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(given[3].key)
+        return real(*given)
+
+    monkeypatch.setattr(table3, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        table3.table3("small", SMALL, GRID, out)
+    first = json.loads(out.read_text())["shapes"]["small"]["rows"]
+    assert list(first) == measured
+    measured.clear()
+    monkeypatch.setattr(table3, "measure", lambda *given: measured.append(given[3].key) or real(*given))
+    found = table3.table3("small", SMALL, GRID, out)
+    assert len(measured) == len(table3.cases(SMALL, GRID)) - 3
+    content = json.loads(out.read_text())["shapes"]["small"]
+    assert content["rows"].keys() == {case.key for case in table3.cases(SMALL, GRID)}
+    assert {key: content["rows"][key] for key in first} == first
+    assert set(content["results"]) == {"prefill_realised_r50", "prefill_realised_r90", "deciding_share"}  # no batch of 64
+    rows = found["rows"]["DyRate 0.33, batch 1, images 1, static"]
+    assert [row["new_tokens"] for row in rows] == [4, 12]
+    assert abs(rows[1]["kept"] - 0.33) < 0.04
+    assert all(row["roofline_ms_per_token"] < row["ms_per_token"] for rows in found["rows"].values() for row in rows)
+    table3.show(found)
+    with pytest.raises(ValueError, match="with other sizes"):
+        table3.table3("small", runs.small_shape(2, 64, 4, 8), GRID, out)
+    monkeypatch.setattr(table3, "device_name", lambda: "another")
+    with pytest.raises(ValueError, match="measured elsewhere"):
+        table3.table3("small", SMALL, GRID, out)
+
+
+def test_what_does_not_fit_is_a_row_that_says_so(small, monkeypatch):
+    full, machine = table3.cases(SMALL, GRID)[0], Machine(1e9, 1e9)
+    (row, _) = table3.measure(small, SMALL, machine, full, GRID, memory=10**6)
+    assert row["status"] == "needs 0 GB of 0"
+
+    def no_room(*given, **more):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(table3, "timed", no_room)
+    (row, _) = table3.measure(small, SMALL, machine, full, GRID, memory=10**12)
+    assert row["status"] == "out of memory"
+    assert not table3.headlines({full.key: [row]})
+
+
+def test_the_chapter_shows_gpus_and_says_where_there_is_none(tmp_path):
+    reported = pd.read_csv("data/reported/table3_efficiency.csv")
+    assert shown.gpu_files(tmp_path) == []
+    assert shown.gpu_sentence([]).startswith("**Not measured")
+    assert set(shown.gpu_verdicts([]).verdict) == {"not measured"}
+    assert len(shown.beside_reported(reported, []).columns) == len(reported.columns) - 1
+    row = {
+        "method": "Full", "batch": 1, "images": 1, "new_tokens": 64, "static": True, "prefill_ms": 50.0, "ms_per_token": 4.0,
+        "roofline_prefill_ms": 40.0, "roofline_ms_per_token": 3.0, "tokens_per_s": 200.0, "peak_gib": 15.0,
+        "status": "measured",
+    }  # fmt: skip
+    rows = {"Full, batch 1, images 1, static": [row]}
+    shape = {"rows": rows, "results": {"deciding_share": {"value": 0.05}, "prefill_realised_r50": {"value": 0.95}}}
+    about = {"device": "A GPU", "torch": "2.13"}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "bench.json").write_text(json.dumps({"about": about, "shapes": {"llava-1.5-7b": shape}}))
+    files = shown.gpu_files(tmp_path)
+    found = shown.gpu_verdicts(files)
+    assert found[found.model == "llava-1.5-7b"].set_index("what").verdict.to_dict() == {
+        "prefill, R = .5": "met", "prefill, R = .9": "not measured", "decode, batch 64, R = .9": "not measured",
+        "deciding / decode step (time)": "missed",
+    }  # fmt: skip
+    table = shown.beside_reported(reported, files)
+    assert table["A GPU prefill ms, measured"][0] == 50
+    assert table["A GPU ms a token, measured"][1:].isna().all()
+    assert shown.gpu_rows(files).loc[0, "ms a token"] == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(("name", "gigabytes"), [("llava-1.5-7b", "14.6"), ("llava-1.5-13b", "27.4")])
+def test_a_real_shape_without_a_gpu_is_refused_at_once(name, gigabytes, capsys):
+    with pytest.raises(SystemExit):
+        main(["prune", "--shape", name])
+    assert f"needs a GPU with at least {gigabytes} GB" in capsys.readouterr().err
+
+
+def test_a_real_shape_made_tiny_runs_anywhere(monkeypatch, capsys):
+    monkeypatch.setattr("study.bench.__main__.QUICK", table3.Grid((), (1,), (1,), (2,), 1))
+    main(["prune", "--shape", "llava-1.5-13b", "--quick", "--layers", "2", "--width", "32", "--heads", "2", "--side", "2"])
+    told = capsys.readouterr().out
+    assert all(f"{method}, batch 1, images 1, {way}" in told
+               for method in ("Full", "VTW K=1", "native 0.5") for way in ("eager", "static"))  # fmt: skip
+    assert "decode_b64_r90_realised     not measured" in told
+
+
+def test_roofline_and_saving_by_hand():
+    machine = Machine(bandwidth=100.0, rate=10.0)
+    assert machine.seconds(200, 5) == 2
+    assert machine.seconds(200, 50) == 5
+    tokens = [600] * LLAVA_7B.layers
+    assert Machine(1e12, 1e30).step(LLAVA_7B, tokens, 4, 2) == read_bytes(LLAVA_7B, tokens, 2, 4) / 1e12
+    assert runs.realised([10.0] * 3, [6.0] * 3, [5.0] * 3)["value"] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("shape", [SMALL, LLAVA_7B, LLAVA_13B])
+def test_parameters_are_counted_exactly(shape):
+    assert parameters(shape) == sum(p.numel() for p in runs.build(shape, "meta").parameters())
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rate", [0.0, 0.75])
+def test_memory_of_an_answer(rows, rate):
+    shape = runs.small_shape(6, 256, 8, 12)
+    model, n = runs.build(shape), 144
+    with LiveBytes() as counted:
+        runs.timed(model, rows, 8, dyrate.FastV(rate=rate))
+    tokens = [runs.TEXT + n] * 2 + [runs.TEXT + n - int(n * rate)] * 4
+    found = to_answer(shape, tokens, 8, rows, itemsize=4)
+    assert counted.peak == pytest.approx(found["cache"] + found["activations"], rel=0.15)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(("side", "answer"), [(12, 32), (8, 64)])
+def test_memory_of_training(checkpointing, side, answer):
+    shape = runs.small_shape(6, 256, 8, side)
+    model, predictor = runs.build(shape), RatePredictor(8, 6, "llava")
+    ids = torch.tensor([[*runs.BEFORE, *[runs.IMAGE] * side**2, *runs.AFTER]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.zeros(1, 3, 14 * side, 14 * side)}
+    prepared = forcing.prepare_tokens(model, inputs, [[7] * answer], predictor)
+    predictor.start_at(0.33, prepared.features.flatten(0, 1))
+    with training.frozen(model), LiveBytes() as counted:
+        choice = gumbel_one_hot(predictor(prepared.features), torch.zeros(1, answer, 32), 1.0)
+        masks = forcing.masks_over_steps(choice, prepared, predictor.rates, "evict")
+        words = forcing.pruned_logits(model, predictor, prepared, masks, checkpointing)
+        torch.nn.functional.cross_entropy(words[0].float(), prepared.labels[0]).backward()
+    found = to_train(shape, side**2, runs.TEXT, answer, itemsize=4, checkpointing=checkpointing)
+    assert counted.peak == pytest.approx(found["activations"] + found["masks"] + found["logits"], rel=0.15)
+    held = [prepared.hidden, *prepared.rotary, prepared.score, prepared.features]
+    assert sum(x.numel() * 4 for x in held) == pytest.approx(found["prepared"], rel=0.02)
