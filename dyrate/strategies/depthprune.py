@@ -8,16 +8,17 @@ from dyrate.strategy import Strategy, rate_field
 
 @dataclass(kw_only=True)
 class FixedPrune(FastV):
-    """FP: one rate for all layers from the fourth on."""
+    """FixedPrune (arXiv:2501.14204, Sec. IV-D1): one rate for all layers from the fourth on, ranked as FastV does."""
 
     first_pruned_layer: int = 3
 
 
 @dataclass(kw_only=True)
 class DepthPrune(Strategy):
-    """DP: `rate` (P_4th) is dropped at the fourth layer, and with depth up to `deepest` at the last.
+    """DepthPrune (arXiv:2501.14204, Sec. IV-D1): the rate grows with depth, from `rate` (P_4th) at the fourth layer to `deepest`.
 
-    The paper leaves open how R' grows with the layer index; here it grows in equal steps.
+    rate, deepest: shares dropped at the first and at the last pruned layer, in [0, 1]. The paper leaves open how R' grows
+    with the layer index; here it grows in equal steps.
     """
 
     first_pruned_layer: int = 3

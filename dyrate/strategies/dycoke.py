@@ -7,9 +7,10 @@ from dyrate.strategy import Strategy
 
 @dataclass(kw_only=True)
 class DyCoke(Strategy):
-    """While decoding, attend to the `1 - rate` most attended image tokens, chosen anew at each token; none is lost.
+    """DyCoke (arXiv:2411.15024): while decoding, attend to a subset of the image tokens, chosen anew at each token.
 
-    DyCoke chooses anew only when attention has moved, to save work; its first stage merges video frames and does not apply.
+    rate: share that a token does not attend to; it attends to those that attention ranks highest, and none is evicted. DyCoke
+    chooses anew only when attention has moved, to save work; its first stage merges video frames and does not apply.
     """
 
     first_pruned_layer: int = 3

@@ -7,7 +7,7 @@ from dyrate.strategy import Strategy
 
 @dataclass(kw_only=True)
 class Full(Strategy):
-    """Keep every image token in every layer."""
+    """Keep every image token in every layer: plain `generate`, with a trace."""
 
     def stages(self, n_layers):
         return ()

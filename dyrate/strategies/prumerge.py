@@ -10,7 +10,8 @@ from dyrate.strategy import Strategy
 
 @dataclass(kw_only=True)
 class PruMerge(Strategy):
-    """Keep tokens whose [CLS] attention lies above the third quartile by 1.5 interquartile ranges, at least one.
+    """PruMerge (arXiv:2403.15388): keep tokens whose [CLS] attention lies above the third quartile by 1.5 interquartile
+    ranges, at least one.
 
     retention: keep so many of the best instead. Each kept token becomes the mean of itself and its `neighbours` most similar
     tokens (by key), weighted by [CLS] attention.

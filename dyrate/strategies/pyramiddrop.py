@@ -7,9 +7,10 @@ from dyrate.strategy import Strategy, rate_field
 
 @dataclass(kw_only=True)
 class PyramidDrop(Strategy):
-    """At a quarter, half and three quarters of the depth keep `ratio` of what is left (the paper's lambda, 0.5).
+    """PyramidDrop (arXiv:2410.17247): the image shrinks by one factor at a quarter, half and three quarters of the depth.
 
-    Tokens are ranked by the last instruction token's attention in the layer before each stage.
+    ratio: what each stage keeps of what is left, in [0, 1] (the paper's lambda). Tokens are ranked by the last instruction
+    token's attention in the layer before each stage.
     """
 
     ratio: float = 0.5

@@ -10,7 +10,8 @@ from dyrate.strategy import Strategy
 
 @dataclass(kw_only=True)
 class SparseVLM(Strategy):
-    """Raters are instruction tokens more relevant to the image than the mean; their mean attention ranks image tokens.
+    """SparseVLM (arXiv:2410.04417): raters are instruction tokens more relevant to the image than the mean; their mean
+    attention ranks image tokens.
 
     retention: what stays after the last stage, falling by equal factors. None: the paper's rule, each stage drops
     `scale * (tokens - rank of the raters' attention matrix)`. recycled: of what is dropped, the best-rated part is

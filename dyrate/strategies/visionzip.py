@@ -11,10 +11,10 @@ from dyrate.strategy import Strategy
 
 @dataclass(kw_only=True)
 class VisionZip(Strategy):
-    """Keep `1 - rate` of the tokens: dominant ones by [CLS] attention, and contextual ones.
+    """VisionZip (arXiv:2412.04467): keep dominant tokens by [CLS] attention, and contextual ones that stand for the rest.
 
-    contextual: their share of what is kept (the paper's 10 of 64). Contextual tokens are spread evenly over the
-    remaining ones; each of those is averaged into the contextual token whose key is most similar.
+    rate: share dropped, in [0, 1]. contextual: their share of what is kept (the paper's 10 of 64). Contextual tokens are
+    spread evenly over the remaining ones; each of those is averaged into the contextual token whose key is most similar.
     """
 
     rate: float = 0.5

@@ -7,7 +7,7 @@ from dyrate.strategy import Strategy
 
 @dataclass(kw_only=True)
 class VTW(Strategy):
-    """Drop every image token before layer `first_pruned_layer`; the paper takes half the depth, 16 of 32."""
+    """VTW (arXiv:2405.05803): drop every image token before layer `first_pruned_layer`; the paper takes 16 of 32 layers."""
 
     first_pruned_layer: int = 16
     each_step = False
