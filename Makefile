@@ -13,12 +13,12 @@ RUN := $(BIN)/python
 
 book: study html
 
-.venv/installed: requirements.txt pyproject.toml
+.venv/installed: requirements.txt pyproject.toml analysis/pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet torch==2.13.0
 	$(RUN) -m pip install --quiet -r requirements.txt
-	$(RUN) -m pip install --quiet --no-deps --no-build-isolation -e . || $(RUN) -m pip install --quiet --no-deps -e .
+	$(RUN) -m pip install --quiet --no-deps --no-build-isolation -e . -e analysis || $(RUN) -m pip install --quiet --no-deps -e . -e analysis
 	touch $@
 
 study: .venv/installed
@@ -35,19 +35,19 @@ check-results: .venv/installed
 	$(RUN) analysis/run.py --profile pocket --check
 
 bench: .venv/installed
-	$(RUN) -m dyrate.bench prune --out data/results/pocket/bench.json
+	$(RUN) -m study.bench prune --out data/results/pocket/bench.json
 
 predictors: .venv/installed
-	for seed in 0 1 2 3 4; do $(RUN) -m dyrate.training --budget 0.33 --seed $$seed --out data/pocket/dyrate/evict-0.33-seed$$seed || exit 1; done
-	for budget in 0.25 0.5 0.75; do $(RUN) -m dyrate.training --budget $$budget --out data/pocket/dyrate/evict-$$budget-seed0 || exit 1; done
-	$(RUN) -m dyrate.training --budget 0.33 --residency hide --out data/pocket/dyrate/hide-0.33-seed0
+	for seed in 0 1 2 3 4; do $(RUN) analysis/train.py --budget 0.33 --seed $$seed --out data/pocket/dyrate/evict-0.33-seed$$seed || exit 1; done
+	for budget in 0.25 0.5 0.75; do $(RUN) analysis/train.py --budget $$budget --out data/pocket/dyrate/evict-$$budget-seed0 || exit 1; done
+	$(RUN) analysis/train.py --budget 0.33 --residency mask --out data/pocket/dyrate/mask-0.33-seed0
 
 quality: .venv/installed
-	$(RUN) -m dyrate.pocket.quality
+	$(RUN) -m study.quality
 
 pocket: .venv/installed
-	$(RUN) -m dyrate.pocket.train --work build/pocket --out data/pocket
-	$(RUN) -m dyrate.pocket.quality
+	$(RUN) -m study.pocket.train --work build/pocket --out data/pocket
+	$(RUN) -m study.quality
 
 clean:
 	rm -rf build book/_build book/analysis

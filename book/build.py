@@ -15,10 +15,14 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import yaml
 
+from study.book import ROOT, shown_table
+from study.quality import BARS
+from study.protocol import reported
+
 BOOK = Path(__file__).resolve().parent
-ROOT = BOOK.parent
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,23 +38,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: no executed notebook for profile {given.profile}: run `python analysis/run.py --profile {given.profile}`")
         return 2
     if failed := sorted(executed.glob("*.failed.ipynb")):
-        print(f"error: {failed[0].relative_to(ROOT)} failed; mend it and run it again before building the book")
+        print(f"error: {failed[0].relative_to(ROOT)} failed; repair it and run it again before building the book")
         return 2
-    shutil.rmtree(BOOK / "analysis", ignore_errors=True)
-    (BOOK / "analysis").mkdir()
-    made = []
-    for page in pages:
-        notebook = nbformat.read(page, 4)
-        results = ROOT / parameter(notebook, "results")
-        nbformat.write(with_links(notebook, page.name, given.repository), BOOK / "analysis" / page.name)
-        made.append((page.stem, title(notebook), json.loads((results / f"{page.stem}.json").read_text())))
-        for picture in results.glob("*_words.png"):
-            shutil.copy(picture, BOOK / "_assets" / "hero.png")
-    (BOOK / "made.md").write_text(how_made(made, results))
-    (BOOK / "_found.md").write_text(what_was_found(made))
+    toc = write_pages(pages, given.repository)
     program = "from jupyter_book.cli.main import main; main()"  # the command of this interpreter, wherever PATH leads
-    toc = BOOK / "_toc.generated.yml"
-    toc.write_text(yaml.safe_dump(with_pages(yaml.safe_load((BOOK / "_toc.yml").read_text()), {p.stem for p in pages})))
     options = ["--path-output", str(given.out.parent), "--toc", str(toc), "-W", "-n", "--keep-going", "-q"]
     command = [sys.executable, "-c", program, "build", str(BOOK), *options]
     shutil.rmtree(given.out, ignore_errors=True)
@@ -58,6 +49,25 @@ def main(argv: list[str] | None = None) -> int:
     if done == 0:
         print(f"the book: {given.out / 'html' / 'index.html'}")
     return done
+
+
+def write_pages(executed: list[Path], repository: str | None) -> Path:
+    """Write executed notebooks, and the pages that follow from their results, into the book; return its table of contents."""
+    shutil.rmtree(BOOK / "analysis", ignore_errors=True)
+    (BOOK / "analysis").mkdir()
+    made = []
+    for page in executed:
+        notebook = nbformat.read(page, 4)
+        results = ROOT / parameter(notebook, "results")
+        nbformat.write(with_links(notebook, page.name, repository), BOOK / "analysis" / page.name)
+        made.append((page.stem, title(notebook), json.loads((results / f"{page.stem}.json").read_text())))
+        for picture in results.glob("*_words.png"):
+            shutil.copy(picture, BOOK / "_assets" / "hero.png")
+    (BOOK / "made.md").write_text(how_made(made))
+    (BOOK / "_found.md").write_text(findings(made))
+    toc = BOOK / "_toc.generated.yml"
+    toc.write_text(yaml.safe_dump(with_pages(yaml.safe_load((BOOK / "_toc.yml").read_text()), {p.stem for p in executed})))
+    return toc
 
 
 def with_pages(toc: dict, stems: set[str]) -> dict:
@@ -73,6 +83,7 @@ def parameter(notebook, name: str):
 
 
 def title(notebook) -> str:
+    """A notebook's first heading."""
     first = next(c.source for c in notebook.cells if c.cell_type == "markdown" and "# " in c.source)
     return next(line[2:] for line in first.splitlines() if line.startswith("# "))
 
@@ -90,16 +101,16 @@ def with_links(notebook, name: str, repository: str | None):
     return notebook
 
 
-def what_was_found(made: list) -> str:
-    """Each chapter's question and the finding that its run computed."""
-    rows = ["| chapter | found |", "|---|---|"]
+def findings(made: list) -> str:
+    """A table of each chapter's question and the finding that its run computed."""
+    rows = ["| chapter | finding |", "|---|---|"]
     for name, heading, content in made:
         finding = next((text for key, text in content.get("texts", {}).items() if key.endswith("finding")), "")
         rows.append(f"| [{heading}](analysis/{name}.ipynb) | {finding.replace('|', '/')} |")
     return "\n".join(rows) + "\n"
 
 
-def how_made(made: list, results: Path) -> str:
+def how_made(made: list) -> str:
     """The page that says where every number comes from."""
     lines = [
         "(how-made)=", "# How this was made", "",
@@ -119,32 +130,27 @@ def how_made(made: list, results: Path) -> str:
             f"| device | {about['device']} |", f"| duration | {about['seconds']:.0f} s |",
             f"| versions | Python {about['python']}, {packages} |", "",
         ]  # fmt: skip
-    lines += pocket_section(results)
+    lines += pocket_section()
     return "\n".join(lines) + "\n"
 
 
 def protocol_section(made: list) -> list[str]:
     """The protocol ledger: under which conditions each chapter's numbers, and each reported figure, were made."""
-    import pandas as pd
-
-    from study.protocol import reported
-    from study.book import shown_table
-
     measured = pd.DataFrame([{"chapter": name} | row for name, _, content in made for row in content["protocol"]])
-    told = reported("protocols").drop(columns="file").rename(columns={"rows": "of the rows"})
-    told["of the rows"] = told["of the rows"].map(lambda query: f"`{query}`" if query else "all")
+    cited = reported("protocols").drop(columns="file").rename(columns={"rows": "of the rows"})
+    cited["of the rows"] = cited["of the rows"].map(lambda query: f"`{query}`" if query else "all")
     return [
         "(protocols)=", "## Protocols", "",
         "A number compares with another only where both were made alike. {numref}`tab-protocols-measured` says how each "
         "chapter's numbers were made, {numref}`tab-protocols-reported` how the figures that the book cites were: *stated* is "
         "what a paper says, *inferred* what we conclude, with the reason. The tables scroll sideways.", "",
         shown_table(measured, "Measured here: one row for each chapter and task.", "tab-protocols-measured").data, "",
-        shown_table(told, "Reported: one row for each group of figures in `data/reported/`.", "tab-protocols-reported").data, "",
+        shown_table(cited, "Reported: one row for each group of figures in `data/reported/`.", "tab-protocols-reported").data, "",
     ]  # fmt: skip
 
 
-def pocket_section(results: Path) -> list[str]:
-    """How the pocket LLaVA was trained and how well it sees, from the records that its programs wrote."""
+def pocket_section() -> list[str]:
+    """How the pocket LLaVA was trained and what quality it reaches, from the records that its programs wrote."""
     record = json.loads((ROOT / "data" / "pocket" / "training.json").read_text())
     lines = [
         "## The pocket LLaVA", "",
@@ -153,18 +159,16 @@ def pocket_section(results: Path) -> list[str]:
     ]  # fmt: skip
     quality = ROOT / "data" / "results" / "pocket" / "pocket_quality.json"
     if quality.exists():
-        from study.pocket.quality import BARS
-
-        found = json.loads(quality.read_text())
-        n = found["cider_short"]["n"]
+        measured = json.loads(quality.read_text())
+        n = measured["cider_short"]["n"]
         lines += [
-            f"Measured on {n:,} scenes that it has never seen; *cider short* in units where papers print 100 for 1.0.", "",
-            "| measure | measured | 95 % interval | wanted | |", "|---|---|---|---|---|",
+            f"Measured on {n:,} scenes that it was not trained on; *cider short* in units where papers print 100 for 1.0.", "",
+            "| measure | measured | 95 % interval | bar | |", "|---|---|---|---|---|",
         ]  # fmt: skip
         for name, bar in BARS.items():
-            f = found[name]
-            met = "met" if f["value"] >= bar else "missed"
-            lines.append(f"| {name.replace('_', ' ')} | {f['value']:.3f} | {f['low']:.3f} to {f['high']:.3f} | {bar} | {met} |")
+            m = measured[name]
+            met = "met" if m["value"] >= bar else "missed"
+            lines.append(f"| {name.replace('_', ' ')} | {m['value']:.3f} | {m['low']:.3f} to {m['high']:.3f} | {bar} | {met} |")
     return [*lines, ""]
 
 

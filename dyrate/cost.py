@@ -107,13 +107,13 @@ def read_bytes(shape: Shape, tokens: Sequence[int], itemsize: int = 2, rows: int
 
 def layer_tokens(trace: Trace, n_layers: int) -> np.ndarray:
     """Tokens that each layer holds or, in residency "mask", reads: (step, row, layer), measured by a trace."""
-    found = np.zeros((len(trace.steps), len(trace.n_image), n_layers), dtype=int)
     n_image = np.array(trace.n_image)
+    held = np.zeros((len(trace.steps), len(n_image), n_layers), dtype=int)
     for t, step in enumerate(trace.steps):
-        found[t] = np.array(step.tokens)[:, None]
+        held[t] = np.array(step.tokens)[:, None]
         for stage in step.stages:  # ascending: a later stage overrides from its layer on
-            found[t, :, stage.layer :] = (np.array(step.tokens) - n_image + np.array(stage.counts))[:, None]
-    return found
+            held[t, :, stage.layer :] = (np.array(step.tokens) - n_image + np.array(stage.counts))[:, None]
+    return held
 
 
 def ledger(
@@ -125,17 +125,17 @@ def ledger(
     strategy: what the trace is of; in residency "mask" prefill and cache are whole. cache: False if every step ran over the
     whole sequence again. text: False counts image tokens alone. lengths: tokens of each row's answer, if some ended early.
     """
-    hidden = strategy.residency == "mask"
+    masked = strategy.residency == "mask"
     observed = list(strategy.observes(shape.layers))
     tokens = layer_tokens(trace, shape.layers)
     if not text:
         tokens = tokens - (np.array([step.tokens for step in trace.steps]) - np.array(trace.n_image))[:, :, None]
-    whole = np.repeat(tokens[:1].max(-1, keepdims=True), shape.layers, -1) if hidden else tokens[:1]
+    whole = np.repeat(tokens[:1].max(-1, keepdims=True), shape.layers, -1) if masked else tokens[:1]
     rows = []
     for row in range(tokens.shape[1]):
         steps = tokens[1 : None if lengths is None else lengths[row], row]
         decode = sum((decode_macs if cache else prefill_macs)(shape, n, mlp_matrices) for n in steps)
-        held = [n[:1].repeat(shape.layers) for n in steps] if hidden else list(steps)
+        held = [n[:1].repeat(shape.layers) for n in steps] if masked else list(steps)
         last = held[-1] if held else whole[0, row]
         rows.append({
             "row": row, "tower": tower_macs(shape, trace.n_image[row] // max(1, shape.patches - 1)),
@@ -151,30 +151,32 @@ def ledger(
     return frame
 
 
-UNITS = ("kept", "macs", "macs_uncached", "kv_bytes")
+UNITS = ("retention", "macs", "macs_uncached", "kv_bytes")  # of a budget
 
 
 def remaining(
     unit: str, shape: Shape, kept: Float[Tensor, "batch step"], n_image: Tensor, n_text: Tensor, valid: Tensor, first: int
 ) -> Float[Tensor, " batch"]:
-    """What remains of the unpruned cost, from the number of image tokens kept at each step; differentiable.
+    """What remains of the unpruned cost of each answer, from how many image tokens each step keeps; differentiable.
 
-    valid: (batch, step), steps that exist. first: first pruned layer.
+    unit: "retention" (mean retention ratio over steps), "macs" (the decoder's multiply-accumulates with a KV cache),
+    "macs_uncached" (as if every step ran over the whole sequence) or "kv_bytes" (read from the cache). n_image, n_text:
+    tokens of each prompt, (batch,). valid: steps that exist, (batch, step). first: first pruned layer.
     """
     valid = valid.to(kept.dtype)
-    if unit == "kept":
+    if unit == "retention":
         return (kept / n_image[:, None] * valid).sum(1) / valid.sum(1)
-    upper = shape.layers - first
+    pruned_layers = shape.layers - first
     text = n_text[:, None] + torch.arange(kept.shape[1], device=kept.device)  # tokens beside the image at each step
     whole = text + n_image[:, None]
 
     def spent(tokens):
         if unit == "kv_bytes":
-            return (first * whole + upper * tokens) * kv_bytes(shape, [1], 1) * valid
+            return (first * whole + pruned_layers * tokens) * kv_bytes(shape, [1], 1) * valid
         if unit == "macs_uncached":
-            return (first * layer_macs(shape, whole, whole) + upper * layer_macs(shape, tokens, tokens)) * valid
-        prefill = first * layer_macs(shape, whole, whole) + upper * layer_macs(shape, tokens, tokens)
-        decode = first * layer_macs(shape, 1, whole) + upper * layer_macs(shape, 1, tokens)
+            return (first * layer_macs(shape, whole, whole) + pruned_layers * layer_macs(shape, tokens, tokens)) * valid
+        prefill = first * layer_macs(shape, whole, whole) + pruned_layers * layer_macs(shape, tokens, tokens)
+        decode = first * layer_macs(shape, 1, whole) + pruned_layers * layer_macs(shape, 1, tokens)
         return torch.cat([prefill[:, :1], decode[:, 1:] * valid[:, 1:]], 1)
 
     return spent(text + kept).sum(1) / spent(whole.to(kept.dtype)).sum(1)

@@ -9,9 +9,8 @@ from accelerate import PartialState
 
 
 def this_process() -> PartialState:
-    """Number, device and company of this process; alone, it is the only one.
+    """Index, device and number of processes; without a launcher there is one.
 
-    A process may wait a day for the others, whose batches can be slower: a lost one ends all through the launcher, not by
-    waiting.
+    A process waits up to a day for the others, whose batches can be slower: when one is lost, the launcher ends the others.
     """
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))

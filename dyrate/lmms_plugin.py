@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from importlib.metadata import version
@@ -44,7 +45,7 @@ class DyRateLlava(lmms):
     ):  # fmt: skip
         super().__init__()
         wanted = {"predictor": predictor, "budget": budget, **fields}
-        strategy_of(strategy, 1, **wanted)  # what is wrong with the arguments is said before a model is loaded
+        strategy_of(strategy, 1, **wanted)  # wrong arguments raise before a model is loaded
         if not str(batch_size).isdigit():
             raise ValueError(f"batch_size is a number of questions, not {batch_size!r}")
         self.batch_size = int(batch_size)
@@ -57,33 +58,33 @@ class DyRateLlava(lmms):
         self.device = self.model.device
         self.strategy = strategy_of(strategy, self.model.config.get_text_config().num_hidden_layers, **wanted)
         with self.strategy(self.model, self.processor):
-            pass  # what does not fit this model is said before any data set is fetched
+            pass  # what does not fit this model raises before any data set is fetched
 
     def generate_until(self, requests) -> list[GenerationResult]:
         """Answers to requests of any tasks, in their order; batches hold requests of one kind and similar length."""
         order = utils.Collator([r.args for r in requests], lambda a: (a[4], len(a[0])), group_fn=lambda a: a[2], grouping=True)
-        found, kept, begun = [], defaultdict(list), time.monotonic()
+        generated, retention, begun = [], defaultdict(list), time.monotonic()
         bar = tqdm(total=len(requests), desc="answers", disable=self.rank != 0)
         for chunk in order.get_batched(n=self.batch_size):
             chats = [to_chat(self.task_dict[task][split][doc]) for _, to_chat, _, doc, task, split in chunk]
             examples = [Example(f"{task} {doc}", task, context, ()) for context, _, _, doc, task, _ in chunk]
             answers = answer(self.model, self.processor, self.strategy, chats, examples, chunk[0][2])
-            found += answers
+            generated += answers
             for example, one in zip(examples, answers, strict=True):
-                if one.kept == one.kept:
-                    kept[example.task].append(one.kept)
+                if not math.isnan(one.retention):
+                    retention[example.task].append(one.retention)
             bar.update(len(chunk))
         bar.close()
-        seconds, tokens = time.monotonic() - begun, sum(one.tokens for one in found)
+        seconds, tokens = time.monotonic() - begun, sum(one.tokens for one in generated)
         # lmms-eval's result file has no other place for what its own fields do not know
-        noted = {f"kept {task}": sum(shares) / len(shares) for task, shares in kept.items()}
+        noted = {f"retention {task}": sum(ratios) / len(ratios) for task, ratios in retention.items()}
         log_metrics(seconds, tokens, tokens / seconds, noted | {f"lmms-eval {version('lmms-eval')}": 1})
-        return order.get_original([GenerationResult(one.text, TokenCounts(output_tokens=one.tokens)) for one in found])
+        return order.get_original([GenerationResult(one.text, TokenCounts(output_tokens=one.tokens)) for one in generated])
 
     def loglikelihood(self, requests):
-        """No task of the paper asks for it: lmms-eval's multiple-choice tasks for LLaVA are answered in words."""
-        raise NotImplementedError("dyrate_llava answers in words (generate_until); choose tasks that do not ask for likelihoods")
+        """Not offered: no task of the paper asks for it; LLaVA's multiple-choice tasks in lmms-eval ask for generated text."""
+        raise NotImplementedError("dyrate_llava generates answers (generate_until): choose tasks that ask for no likelihoods")
 
     def generate_until_multi_round(self, requests):
-        """No task of the paper asks for it."""
+        """Not offered: no task of the paper asks for it."""
         raise NotImplementedError("dyrate_llava answers one prompt at a time (generate_until), not rounds of a dialogue")

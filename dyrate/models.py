@@ -12,6 +12,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from dyrate.distributed import this_process
 
 POCKET = Path(__file__).resolve().parent.parent / "data" / "pocket"
+# Names of checkpoints that come with the repository: the folder, and what to do where it is missing
+BUILT_IN = {
+    "pocket": (POCKET, "install dyrate from its repository with `pip install -e .`, or train it with `make pocket`"),
+}
 FAMILIES = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm")
 # A hub checkpoint may change under its name; the study names the state that it was written for.
 REVISIONS = {
@@ -23,10 +27,10 @@ REVISIONS = {
 def load(name: str | Path = "pocket", *, revision: str | None = None, dtype=None, device_map=None, device=None):
     """Load a vision-language model for inference: returns (model, processor).
 
-    name: "pocket" (the built-in LLaVA), a folder in Hugging Face format, or a hub name, with "@revision" if you like.
-    revision: of a hub name; pinned by default for the study's checkpoints; any other one's newest state is taken, with a
-    warning that says which it was. dtype: default bfloat16 on a GPU, float32 on a CPU. device: default this process's GPU,
-    else the CPU; device_map ("auto": over all GPUs) is passed on to transformers instead. Nothing downloaded is executed.
+    name: one of BUILT_IN ("pocket", a small LLaVA), a folder in Hugging Face format, or a hub name, with "@revision" if you
+    like. revision: of a hub name; by default that of REVISIONS, else the newest, with a warning that says which it was. dtype:
+    default bfloat16 on a GPU, float32 on a CPU. device: default this process's GPU, else the CPU; device_map ("auto": over all
+    GPUs) is passed on to transformers instead. Nothing downloaded is executed.
 
     Raises FileNotFoundError (no such folder, or a hub checkpoint that is not at hand offline) and ValueError (not a
     vision-language model, or a family that dyrate does not know).
@@ -69,22 +73,13 @@ def origin(name: str | Path, revision: str | None = None) -> dict:
     return {"pretrained_model_name_or_path": source, "revision": revision, "trust_remote_code": False}
 
 
-def _missing(where: dict, error: OSError) -> FileNotFoundError:
-    source = where["pretrained_model_name_or_path"]
-    if isinstance(source, Path):
-        return FileNotFoundError(f"{source} is not a complete checkpoint in Hugging Face format: {error}")
-    return unreachable(source, where["revision"], error)
-
-
 def _source(name: str | Path) -> str | Path:
     """The folder to load from, or the hub name."""
-    if str(name) == "pocket":
-        if not (POCKET / "config.json").exists():
-            raise FileNotFoundError(
-                f"the pocket checkpoint is missing at {POCKET}: install dyrate from its repository with `pip install -e .`, "
-                "or train it with `make pocket`"
-            )
-        return POCKET
+    if str(name) in BUILT_IN:
+        folder, remedy = BUILT_IN[str(name)]
+        if not (folder / "config.json").exists():
+            raise FileNotFoundError(f"the {name} checkpoint is missing at {folder}: {remedy}")
+        return folder
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").exists():
@@ -92,7 +87,8 @@ def _source(name: str | Path) -> str | Path:
         return path
     is_path = isinstance(name, Path) or path.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1
     if is_path or path.parent.is_dir():
-        raise FileNotFoundError(f'no such folder: {path}. Name a folder, a hub checkpoint as "owner/name", or "pocket"')
+        names = ", ".join(f'"{known}"' for known in BUILT_IN)
+        raise FileNotFoundError(f'no such folder: {path}. Name a folder, a hub checkpoint as "owner/name", or {names}')
     return str(name)
 
 
@@ -107,7 +103,7 @@ def _check_family(config, name) -> None:
 
 
 def describe(model: PreTrainedModel) -> dict:
-    """What a caption or a provenance record says of a model."""
+    """A model's facts for captions and records: family, parameters, layers, heads, dtype, device, revision (of a hub's)."""
     text = model.config.get_text_config()
     return {
         "family": model.config.model_type, "parameters": sum(p.numel() for p in model.parameters()),
@@ -117,8 +113,18 @@ def describe(model: PreTrainedModel) -> dict:
     }  # fmt: skip
 
 
+def _missing(where: dict, error: OSError) -> FileNotFoundError:
+    source = where["pretrained_model_name_or_path"]
+    if isinstance(source, Path):
+        return FileNotFoundError(f"{source} is not a complete checkpoint in Hugging Face format: {error}")
+    return unreachable(source, where["revision"], error)
+
+
 def unreachable(name: str, revision: str | None, error: BaseException, options: str = "") -> FileNotFoundError:
-    """The error to raise for what `error`, or what caused it, says. options: of `hf download` for this repository."""
+    """The error to raise where `error` says that a hub repository cannot be had: gated, rewritten, or not at hand.
+
+    options: of `hf download` for this repository.
+    """
     causes = []
     while error is not None and error not in causes:
         causes.append(error)
@@ -131,8 +137,8 @@ def unreachable(name: str, revision: str | None, error: BaseException, options: 
         )
     if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
         return FileNotFoundError(
-            f"{name} no longer has the revision {revision} that this study names: the repository was rewritten. Look at its "
-            f"history, and if you trust the new state, name that"
+            f"{name} no longer has the revision {revision} that was asked for: the repository was rewritten. Look at its "
+            "history, and if you trust the new state, name that"
         )
     return FileNotFoundError(
         f"cannot reach {name!r} on the Hugging Face hub, and it is not in the local cache ({type(causes[0]).__name__}). Download "

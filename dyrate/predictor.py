@@ -5,14 +5,17 @@ The equations are small pure functions; `RatePredictor` is the linear classifier
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dyrate.seen import kept_count
 from dyrate.segments import SEGMENTS
+from dyrate.strategy import current_name
 
 
 def rate_grid(n_rates: int) -> Float[Tensor, " rate"]:
@@ -21,7 +24,7 @@ def rate_grid(n_rates: int) -> Float[Tensor, " rate"]:
 
 
 def kept_counts(n_image: Int[Tensor, " batch"], rates: Float[Tensor, " rate"]) -> Int[Tensor, "batch rate"]:
-    """Image tokens that each rate keeps."""
+    """Image tokens that each rate keeps. Reads `n_image` on the host, for which a GPU must wait."""
     counts = [[kept_count(n, 1 - rate) for rate in rates.tolist()] for n in n_image.tolist()]
     return torch.tensor(counts, device=n_image.device)
 
@@ -31,9 +34,9 @@ def rate_masks(
 ) -> Bool[Tensor, "batch rate image_token"]:
     """Eq. 3, corrected: the mask of rate k keeps the n - floor(n r_k) best tokens (as printed it would drop them).
 
-    Candidates are the tokens still there; they go before all others, for ranking all alike and intersecting would let a
-    constant rate keep shrinking the set. A count above theirs admits tokens that are gone: times the mask of the step before
-    it changes nothing, but tells that step's gradient that this one would have kept them.
+    Candidates are the tokens not evicted yet; they go before all others, for ranking all alike and intersecting would let a
+    constant rate keep shrinking the set. A count above theirs admits evicted tokens: times the mask of the step before it
+    changes nothing, but through it that step's gradient sees that this one would have kept them.
     """
     score = score.float()
     below = score.amin(1, keepdim=True) - score.amax(1, keepdim=True) - 1
@@ -81,12 +84,41 @@ def query_bias(
     return bias.masked_fill(itself, 0).masked_fill(hidden, torch.finfo(bias.dtype).min)[:, None]
 
 
-class RatePredictor(nn.Module, PyTorchModelHubMixin, paper_url="https://arxiv.org/abs/2501.14204", license="mit"):
+CARD_SETTINGS = ("unit", "budget", "budget_penalty", "steps", "seed")
+CARD = """---
+{data}
+---
+# DyRate rate predictor
+
+A linear layer that chooses at each generation step which share of the image tokens a vision-language model drops
+([arXiv:2501.14204](https://arxiv.org/abs/2501.14204)). It is no model of its own: it works in the one that it was trained for.
+
+| | |
+|---|---|
+{table}
+
+```python
+import dyrate
+
+model, processor = dyrate.load("{model}")
+strategy = dyrate.DyRate.from_pretrained("this folder, or owner/name on the hub")
+inputs = dyrate.encode(processor, [image], ["Describe the image in detail."])
+with strategy(model, processor) as trace:
+    tokens = model.generate(**inputs, max_new_tokens=64)
+print(trace.retention().mean())  # the share of image tokens kept
+```
+
+All settings of the training are in `config.json`, the weights in `model.safetensors`.
+"""
+
+
+class RatePredictor(nn.Module, PyTorchModelHubMixin, license="mit", library_name="dyrate"):
     """Eq. 2: pi = softmax(C(v)), C linear, v the per-head shares of the four segments in the observed layers.
 
     heads, n_layers, family: of the model that it was trained for. with_step: the step number is one more feature.
-    Features are standardised with the training data's mean and deviation. tilt: is added to every logit times its rate;
-    calibration moves it until a budget is met. Saved as safetensors and JSON (`save_pretrained`, `push_to_hub`).
+    Features are standardised with the training data's mean and deviation. rate_bias: is added to every logit times its rate;
+    calibration moves it until a budget is met. about: how it was trained. Saved as safetensors, JSON and a model card
+    (`save_pretrained`, `push_to_hub`).
     """
 
     def __init__(
@@ -95,7 +127,7 @@ class RatePredictor(nn.Module, PyTorchModelHubMixin, paper_url="https://arxiv.or
     ):  # fmt: skip
         super().__init__()
         self.heads, self.n_layers, self.family = heads, n_layers, family
-        self.first_pruned_layer, self.residency, self.with_step = first_pruned_layer, residency, with_step
+        self.first_pruned_layer, self.residency, self.with_step = first_pruned_layer, current_name(residency), with_step
         self.observed_layers = observed_layers or [first_pruned_layer - 1]
         self.about = about or {}
         n_features = len(SEGMENTS) * heads * len(self.observed_layers) + with_step
@@ -104,7 +136,7 @@ class RatePredictor(nn.Module, PyTorchModelHubMixin, paper_url="https://arxiv.or
         nn.init.zeros_(self.linear.bias)
         self.register_buffer("mean", torch.zeros(n_features))
         self.register_buffer("deviation", torch.ones(n_features))
-        self.register_buffer("tilt", torch.zeros(()))
+        self.register_buffer("rate_bias", torch.zeros(()))
         self.register_buffer("rates", rate_grid(n_rates), persistent=False)
 
     def features(self, shares: list[Float[Tensor, "*batch head 4"]], step: Tensor | int) -> Float[Tensor, "*batch feature"]:
@@ -117,22 +149,17 @@ class RatePredictor(nn.Module, PyTorchModelHubMixin, paper_url="https://arxiv.or
 
     def forward(self, features: Float[Tensor, "*batch feature"]) -> Float[Tensor, "*batch rate"]:
         """Logits of the rates."""
-        return self.linear((features - self.mean) / self.deviation) + self.tilt * self.rates
+        return self.linear((features - self.mean) / self.deviation) + self.rate_bias * self.rates
 
-    def start_at(self, share: float, features: Float[Tensor, "n feature"]) -> None:
-        """Standardise by these features, and prefer rates near 1 - share at first.
+    def start_at(self, retention: float, features: Float[Tensor, "n feature"]) -> None:
+        """Standardise by these features, and prefer rates near 1 - retention at first.
 
         With all rates equally likely the lowest of many samples would win at once, and later rates would do nothing.
         """
         self.mean.copy_(features.mean(0))
         self.deviation.copy_(features.std(0).clamp(min=1e-4))
         with torch.no_grad():
-            self.linear.bias.copy_(-(((self.rates - (1 - share)) / 0.15) ** 2))
-
-    def extra_repr(self) -> str:
-        """Tells predictors apart that differ in their weights only."""
-        weights = sum(float(p.detach().abs().sum()) for p in self.linear.parameters())
-        return f"weights={weights:.9g}, tilt={float(self.tilt):.9g}"
+            self.linear.bias.copy_(-(((self.rates - (1 - retention)) / 0.15) ** 2))
 
     def check_fits(self, model) -> None:
         """Raises ValueError that says what differs between a model and the one that this predictor was trained for."""
@@ -147,3 +174,32 @@ class RatePredictor(nn.Module, PyTorchModelHubMixin, paper_url="https://arxiv.or
                 f"this predictor was trained for another model ({'; '.join(differing)}): train one with "
                 "`dyrate.training.train`, or load the model that it belongs to"
             )
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        if prefix + "tilt" in state_dict:  # the name of rate_bias in predictors that earlier versions saved
+            state_dict[prefix + "rate_bias"] = state_dict.pop(prefix + "tilt")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
+        self._hub_mixin_config |= {"residency": self.residency, "about": self.about}  # the mixin has them as they were given
+        (save_directory / "README.md").unlink(missing_ok=True)  # else the mixin keeps the card of an earlier training
+
+    def generate_model_card(self, *args, **kwargs) -> ModelCard:
+        """What it is, for which model, how it was trained, which retention was measured, and how to load it."""
+        about, settings = self.about, self.about.get("settings", {})
+        measured = about.get("calibration", {}).get("retention")
+        facts = {
+            "base model": about.get("model"),
+            "family": f"{self.family}, {self.n_layers} decoder layers, {self.heads} attention heads",
+            "reads attention of layer": ", ".join(map(str, self.observed_layers)),
+            "first pruned layer": self.first_pruned_layer,
+            "residency": self.residency,
+            "drop rates": f"{len(self.rates)}, from 0 to {float(self.rates[-1]):.3g}",
+            "trained on": about.get("examples"),
+            "training": ", ".join(f"{name} {settings[name]}" for name in CARD_SETTINGS if name in settings),
+            "retention ratio measured in generation": measured and f"{measured:.3f}, mean over validation examples",
+        }
+        table = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value not in (None, ""))
+        data = self._hub_mixin_info.model_card_data.to_yaml()
+        return ModelCard(CARD.format(data=data, table=table, model=about.get("model", "the base model")))

@@ -1,4 +1,4 @@
-"""Teacher forcing under masks: reference answers run once through the lower layers, then through the upper ones as if dropped."""
+"""Teacher forcing under masks: reference answers run once through the lower layers, then masked through the upper ones."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from dyrate.data import Example, Examples
+from dyrate.engine import run_above, run_below
 from dyrate.generation import encode
-from dyrate.data import Example
-from dyrate.engine import lower_half, upper_half
-from dyrate.predictor import RatePredictor, chosen_mask, kept_counts, query_bias, rate_masks
+from dyrate.predictor import RatePredictor, chosen_mask, kept_counts, query_bias, rate_grid, rate_masks
 from dyrate.segments import Segments, find_segments, segment_shares, system_ids
 
 IGNORE = -100
@@ -26,6 +26,7 @@ class Prepared:
 
     n_prompt: length of the left-padded prompts; answers follow, padded at the end. labels: the token that each step must
     choose, IGNORE after the end. score, features: what the strategy would see at each step. tasks: of the examples.
+    teacher: logits to imitate in place of the labels.
     """
 
     n_prompt: int
@@ -38,42 +39,62 @@ class Prepared:
     score: Float[Tensor, "batch step image_token"]
     features: Float[Tensor, "batch step feature"]
     tasks: list[str] = field(default_factory=list)
-    teacher: Float[Tensor, "batch step word"] | None = None
+    teacher: Float[Tensor, "batch step vocabulary"] | None = None
+    _counts: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def counts(self, n_rates: int) -> Int[Tensor, "batch rate"]:
+        """Image tokens that each rate keeps: computed once, so that no training step waits for the device."""
+        if n_rates not in self._counts:
+            self._counts[n_rates] = kept_counts(self.image.sum(1), rate_grid(n_rates))
+        return self._counts[n_rates]
+
+    @property
+    def valid(self) -> Bool[Tensor, "batch step"]:
+        """Steps that exist: an answer in a batch may end before others."""
+        return self.labels != IGNORE
 
 
-def prepare(model, processor, batch: list[Example], images: list, predictor: RatePredictor) -> Prepared:
+def prepare_examples(model, processor, predictor: RatePredictor, examples: Examples, size: int) -> list[Prepared]:
+    """All examples whose image can be read, in batches of `size`. Raises ValueError if there is none."""
+    batches = [prepare(model, processor, predictor, batch, images) for batch, images in examples.batches(size)]
+    if not batches:
+        raise ValueError(f"{examples.source}: none of {len(examples)} examples has an image that can be read")
+    return batches
+
+
+def prepare(model, processor, predictor: RatePredictor, batch: list[Example], images: list) -> Prepared:
     """Encode prompts and reference answers and run the layers before the first pruned one."""
     inputs = encode(processor, images, [e.prompt for e in batch]).to(model.device, model.dtype)
     end = processor.tokenizer.eos_token_id
-    texts = [processor.tokenizer(e.references[0], add_special_tokens=False)["input_ids"] + [end] for e in batch]
-    found = prepare_tokens(model, dict(inputs), texts, predictor, system_ids(processor))
-    found.tasks = [e.task for e in batch]
-    return found
+    answers = [processor.tokenizer(e.references[0], add_special_tokens=False)["input_ids"] + [end] for e in batch]
+    prepared = prepare_tokens(model, predictor, dict(inputs), answers, system_ids(processor))
+    prepared.tasks = [e.task for e in batch]
+    return prepared
 
 
-def prepare_tokens(model, inputs: dict, answers: list[list[int]], predictor: RatePredictor, system=None) -> Prepared:
+def prepare_tokens(model, predictor: RatePredictor, inputs: dict, answers: list[list[int]], system=None) -> Prepared:
     """As `prepare`, from processed prompts and the token ids of their answers."""
     prompt, mask = inputs["input_ids"], inputs["attention_mask"]
     n_prompt, steps = prompt.shape[1], max(len(a) for a in answers)
     labels = torch.full((len(answers), steps), IGNORE, device=prompt.device)
     for i, answer in enumerate(answers):
         labels[i, : len(answer)] = torch.tensor(answer)
-    said = labels[:, :-1].clamp(min=0)
-    inputs = dict(inputs, input_ids=torch.cat([prompt, said], 1))
+    fed = labels[:, :-1].clamp(min=0)  # the last token of an answer is only predicted
+    inputs = dict(inputs, input_ids=torch.cat([prompt, fed], 1))
     inputs["attention_mask"] = torch.cat([mask, (labels[:, :-1] != IGNORE).long()], 1)
     if "mm_token_type_ids" in inputs:
-        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(said)], 1)
+        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(fed)], 1)
     segments = find_segments(prompt, model.config.image_token_id, mask, system)
-    positions, valid = segments.positions("image")
+    positions, image = segments.positions("image")
     first = predictor.first_pruned_layer
-    hidden, rotary, looks = lower_half(model, inputs, first, sorted({first - 1, *predictor.observed_layers}))
+    hidden, rotary, attention = run_below(model, inputs, first, sorted({first - 1, *predictor.observed_layers}))
     queries = torch.arange(n_prompt - 1, n_prompt - 1 + steps, device=prompt.device).expand(len(prompt), -1)
-    rows = {layer: look.rows(queries) for layer, look in looks.items()}  # (batch, head, step, key)
+    rows = {layer: of_layer.rows(queries) for layer, of_layer in attention.items()}  # (batch, head, step, key)
     index = positions[:, None].expand(-1, steps, -1)
-    score = rows[first - 1].mean(1).gather(2, index) * valid[:, None]
+    score = rows[first - 1].mean(1).gather(2, index) * image[:, None]
     shares = [segment_shares_of(rows[layer], segments) for layer in predictor.observed_layers]
     features = predictor.features(shares, torch.arange(steps, device=prompt.device))
-    return Prepared(n_prompt, hidden, rotary, inputs["attention_mask"].bool(), positions, valid, labels, score, features)
+    return Prepared(n_prompt, hidden, rotary, inputs["attention_mask"].bool(), positions, image, labels, score, features)
 
 
 def segment_shares_of(rows: Float[Tensor, "batch head step key"], segments: Segments) -> Float[Tensor, "batch step head 4"]:
@@ -82,31 +103,40 @@ def segment_shares_of(rows: Float[Tensor, "batch head step key"], segments: Segm
 
 
 def masks_over_steps(
-    choice: Float[Tensor, "batch step rate"], prepared: Prepared, rates: Tensor, residency: str
+    choice: Float[Tensor, "batch step rate"], prepared: Prepared, residency: str
 ) -> Float[Tensor, "batch step image_token"]:
     """Which image tokens each step sees, under one-hot choices of rates; gradients reach the choices.
 
-    In "evict" a step chooses among the survivors of the one before; in "hide" among all.
+    In "evict" a step chooses among the tokens that the one before kept; in "mask" among all.
     """
-    counts = kept_counts(prepared.image.sum(1), rates)
-    survivors = prepared.image
+    counts = prepared.counts(choice.shape[-1])
+    candidates = prepared.image
     mask = prepared.image.to(choice.dtype)
     masks = []
     for step in range(choice.shape[1]):
-        chosen = chosen_mask(choice[:, step], rate_masks(prepared.score[:, step], survivors, counts))
+        chosen = chosen_mask(choice[:, step], rate_masks(prepared.score[:, step], candidates, counts))
         mask = mask * chosen if residency == "evict" else chosen
         if residency == "evict":
-            survivors = survivors & (mask > 0.5)
+            candidates = candidates & (mask > 0.5)
         masks.append(mask)
     return torch.stack(masks, 1)
 
 
-def pruned_logits(model, predictor: RatePredictor, prepared: Prepared, masks, checkpointing: bool = False) -> Tensor:
-    """Logits (batch, step, word) of the answer, each step seeing the image tokens that its mask keeps."""
+def masked_logits(
+    model, predictor: RatePredictor, prepared: Prepared, masks: Float[Tensor, "batch step image_token"],
+    checkpointing: bool = False,
+) -> Float[Tensor, "batch step vocabulary"]:  # fmt: skip
+    """Logits of the answer, each step seeing the image tokens that its mask keeps."""
     bias = query_bias(masks.float(), prepared.positions, prepared.image, prepared.real, prepared.n_prompt)
     queries = torch.arange(prepared.n_prompt - 1, prepared.n_prompt - 1 + prepared.labels.shape[1], device=bias.device)
     first = predictor.first_pruned_layer
-    return upper_half(model, first, prepared.hidden, prepared.rotary, bias, queries, checkpointing)
+    return run_above(model, first, prepared.hidden, prepared.rotary, bias, queries, checkpointing)
+
+
+@torch.no_grad()
+def unpruned_logits(model, predictor: RatePredictor, prepared: Prepared) -> Float[Tensor, "batch step vocabulary"]:
+    """Logits of the answer where every step sees every image token."""
+    return masked_logits(model, predictor, prepared, prepared.image[:, None].expand(-1, prepared.labels.shape[1], -1))
 
 
 @contextmanager
@@ -123,8 +153,8 @@ def frozen(model):
 
 
 @torch.no_grad()
-def taught(model, predictor: RatePredictor, batches: list[Prepared], rate: float | None = None) -> list[dict]:
-    """Teacher-forced loss without noise, one row a sequence: mean cross-entropy (nats a token), mean kept share, rates.
+def teacher_forced(model, predictor: RatePredictor, batches: list[Prepared], rate: float | None = None) -> list[dict]:
+    """Teacher-forced loss without noise, one row an answer: task, loss (nats a token), retention, and rates by step.
 
     rate: the same at every step, in place of the predictor's; rounded to its grid.
     """
@@ -132,40 +162,41 @@ def taught(model, predictor: RatePredictor, batches: list[Prepared], rate: float
     for prepared in batches:
         best = predictor(prepared.features).argmax(-1)
         if rate is not None:
-            best = torch.full_like(best, int((predictor.rates - rate).abs().argmin()))
+            best = torch.full_like(best, _nearest(predictor, rate))
         choice = F.one_hot(best, len(predictor.rates)).float()
-        masks = masks_over_steps(choice, prepared, predictor.rates, predictor.residency)
-        words = pruned_logits(model, predictor, prepared, masks).float()
-        share = masks.sum(-1) / prepared.image.sum(1)[:, None]
-        for i, labels in enumerate(prepared.labels):
-            valid = labels != IGNORE
-            loss = float(F.cross_entropy(words[i][valid], labels[valid]))
-            kept, said = share[i][valid], predictor.rates[best[i]][valid]
-            rows.append({"loss": loss, "kept": float(kept.mean()), "rates": said.tolist(), "kept_steps": kept.tolist()})
+        masks = masks_over_steps(choice, prepared, predictor.residency)
+        logits = masked_logits(model, predictor, prepared, masks).float()
+        retention = masks.sum(-1) / prepared.image.sum(1)[:, None]
+        for i, (labels, valid) in enumerate(zip(prepared.labels, prepared.valid, strict=True)):
+            rows.append({
+                "task": prepared.tasks[i] if prepared.tasks else "",
+                "loss": float(F.cross_entropy(logits[i][valid], labels[valid])),
+                "retention": float(retention[i][valid].mean()), "rates": predictor.rates[best[i]][valid].tolist(),
+            })  # fmt: skip
     return rows
 
 
-def foretold(
-    model, predictor: RatePredictor, batches: list[Prepared], rate: float, *, shown: int = 9, checkpointing: bool = False
+def predicted_by_gradient(
+    model, predictor: RatePredictor, batches: list[Prepared], rate: float, *, n_shown: int = 9, checkpointing: bool = False
 ) -> list[dict]:
-    """What the straight-through gradient at one constant rate foretells for other constant rates, and what they really cost.
+    """What the straight-through gradient at one constant rate predicts for other constant rates, and what they really cost.
 
-    One row an answer and rate: task, rate, loss (nats a token), and `foretold`, the loss at `rate` continued along its
-    gradient. rate: rounded to the grid.
+    One row an answer and rate: task, rate, loss (nats a token), and `predicted`, the loss at `rate` continued along its
+    gradient. rate: rounded to the grid. n_shown: rates, spread evenly over the grid.
     """
-    rows = []
-    here = int((predictor.rates - rate).abs().argmin())
-    others = np.unique(np.linspace(0, len(predictor.rates) - 1, shown).round().astype(int))
+    here, n_rates = _nearest(predictor, rate), len(predictor.rates)
+    others = np.unique(np.linspace(0, n_rates - 1, n_shown).round().astype(int))
 
     def losses(prepared, choice):
-        masks = masks_over_steps(choice, prepared, predictor.rates, predictor.residency)
-        words = pruned_logits(model, predictor, prepared, masks, checkpointing).float()
-        wrong = F.cross_entropy(words.transpose(1, 2), prepared.labels, ignore_index=IGNORE, reduction="none")
-        return wrong.sum(1) / (prepared.labels != IGNORE).sum(1)
+        masks = masks_over_steps(choice, prepared, predictor.residency)
+        logits = masked_logits(model, predictor, prepared, masks, checkpointing).float()
+        losses = F.cross_entropy(logits.transpose(1, 2), prepared.labels, ignore_index=IGNORE, reduction="none")
+        return losses.sum(1) / prepared.valid.sum(1)
 
     def constant(prepared, index):
-        return F.one_hot(torch.full_like(prepared.labels, index), len(predictor.rates)).float()
+        return F.one_hot(torch.full_like(prepared.labels, index), n_rates).float()
 
+    rows = []
     for prepared in batches:
         choice = constant(prepared, here).requires_grad_()
         with frozen(model):
@@ -173,16 +204,20 @@ def foretold(
             (gradient,) = torch.autograd.grad(start.sum(), choice)
         for index in others:
             with torch.no_grad():
-                real = losses(prepared, constant(prepared, index))
-            told = start.detach() + (gradient[..., index] - gradient[..., here]).sum(1)
+                measured = losses(prepared, constant(prepared, index))
+            predicted = start.detach() + (gradient[..., index] - gradient[..., here]).sum(1)
             rows += [
-                {"task": task, "rate": float(predictor.rates[index]), "loss": float(a), "foretold": float(b)}
-                for task, a, b in zip(prepared.tasks, real, told, strict=True)
+                {"task": task, "rate": float(predictor.rates[index]), "loss": float(a), "predicted": float(b)}
+                for task, a, b in zip(prepared.tasks, measured, predicted, strict=True)
             ]
     return rows
 
 
+def _nearest(predictor: RatePredictor, rate: float) -> int:
+    return int((predictor.rates - rate).abs().argmin())
+
+
 def rate_changes(rows: list[dict]) -> list[float]:
     """By how much the rate changes from the first third of an answer to the last; answers of nine tokens and more."""
-    found = [row["rates"] for row in rows if len(row["rates"]) >= 9]
-    return [float(np.mean(r[-(len(r) // 3) :]) - np.mean(r[: len(r) // 3])) for r in found]
+    courses = [row["rates"] for row in rows if len(row["rates"]) >= 9]
+    return [float(np.mean(r[-(len(r) // 3) :]) - np.mean(r[: len(r) // 3])) for r in courses]

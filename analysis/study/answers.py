@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.metadata import version
@@ -31,8 +31,11 @@ from dyrate.data import Example, Examples
 from dyrate.distributed import this_process
 from dyrate.generation import answer_batch, encode
 from dyrate.strategy import Strategy
+from study import controls
 from study.examples import SceneExample
 from study.pocket import scenes
+
+PACKAGES = ("torch", "transformers", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -62,72 +65,88 @@ def answer_all(
     """One row for each condition and example: answer, tokens, measured retention, multiply-accumulates and bytes.
 
     Greedy, unless a condition's settings say otherwise. store: folder of finished batches. A batch holds examples of one
-    task, and is the same in every run, so that an interrupt changes no number. Under `accelerate launch` each process takes
-    its part of what is missing, and all return the whole table. seed: of sampling.
+    task, and is the same in every run, so that an interrupt changes no number; an image that cannot be read is reported to
+    `examples` and has no rows. Under `accelerate launch` each process takes its part of what is missing, and all return the
+    whole table. seed: of sampling.
     """
-    state = this_process()
+    base = {"model": _model(model, processor), "code": _code(), "versions": {p: version(p) for p in PACKAGES}}
     batches = _batches(examples, batch_size)
-    base = {"model": _model(model), "code": _code(), "versions": {p: version(p) for p in ("torch", "transformers")}}
     work: dict[Path, tuple[Condition, list[Example], dict]] = {}
     table: list[tuple[Condition, Path]] = []
     for condition in conditions:
         settings = {"max_new_tokens": max_new_tokens} | condition.settings
-        seeded = {"seed": seed} if settings.get("do_sample") else {}
-        about = base | {"strategy": described(condition.strategy), "settings": settings | seeded}
-        for batch in batches:
-            path = _path(Path(store), about | {"examples": [_content(e) for e in batch]})
-            work.setdefault(path, (condition, batch, settings | seeded))
+        settings |= {"seed": seed} if settings.get("do_sample") else {}
+        about = base | {"strategy": described(condition.strategy), "settings": settings}
+        for batch, contents in batches:
+            path = _path(Path(store), about | {"examples": contents})
+            work.setdefault(path, (condition, batch, settings))  # of equal conditions, one is measured
             table.append((condition, path))
-    if len(lists := set(gather_object([_digest(sorted(str(path) for path in work))]))) > 1:  # before any process writes
+    rows_of = _answered(model, processor, work, progress)
+    rows = pd.DataFrame([condition.columns | row for condition, path in table for row in rows_of[path]])
+    return rows.astype({"budget": float, "seed": "Int64"})
+
+
+def _answered(model, processor, work: dict[Path, tuple[Condition, list[Example], dict]], progress: bool) -> dict[Path, list]:
+    """The rows of each path: read, or measured now and stored, by each process its part."""
+    if len(lists := set(gather_object([_digest(sorted(map(str, work)))]))) > 1:  # before any process writes
         raise RuntimeError(
             f"the processes disagree on what to measure ({', '.join(sorted(lists))}): give each the same model, strategies "
             "and examples, on GPUs of one kind"
         )
+    state = this_process()
     missing = [path for path in work if not path.exists()]
-    state.wait_for_everyone()
-    mine = missing[state.process_index :: state.num_processes]
+    state.wait_for_everyone()  # all have looked: they divide the same rest
+    mine, measured = missing[state.process_index :: state.num_processes], []
     total = sum(len(work[path][1]) for path in mine)
     with tqdm(total=total, desc="answers", disable=not progress or not state.is_main_process) as bar:
         for path in mine:
             condition, batch, settings = work[path]
             bar.set_postfix_str(f"{condition.label}, {batch[0].task}")
-            rows = _measure(model, processor, condition.strategy, batch, examples, settings)
+            rows = _measure(model, processor, condition.strategy, batch, settings)
             write_whole(path, json.dumps(rows) + "\n")
+            measured.append((path, rows))
             bar.update(len(batch))
-    state.wait_for_everyone()
-    stored = {path: json.loads(path.read_text()) for path in work}
-    rows = pd.DataFrame([condition.columns | row for condition, path in table for row in stored[path]])
-    return rows.astype({"budget": float, "seed": "Int64"})
+    found = dict(gather_object(measured))  # from each other, not from files, which a network's file system may show late
+    return found | {path: json.loads(path.read_text(encoding="utf-8")) for path in work if path not in found}
 
 
-def _batches(examples: Iterable[Example], size: int) -> list[list[Example]]:
-    """Batches of one task each, in the order of the examples."""
-    by_task: dict[str, list[Example]] = {}
+def _batches(examples: Examples, size: int) -> list[tuple[list[Example], list[list[str]]]]:
+    """Batches of one task each, in the order of the examples, and what of each example decides its answer."""
+    by_task: dict[str, list[tuple[Example, list[str]]]] = {}
     for example in examples:
-        by_task.setdefault(example.task, []).append(example)
-    return [of_task[i : i + size] for of_task in by_task.values() for i in range(0, len(of_task), size)]
+        try:
+            image = example.image()
+        except OSError as error:
+            examples.report(str(error))
+            continue
+        pixels = hashlib.sha256(image.tobytes()).hexdigest()
+        scene = repr(example.scene) if isinstance(example, SceneExample) else ""
+        content = [example.name, example.task, example.prompt, f"{image.size} {pixels}", scene]
+        by_task.setdefault(example.task, []).append((example, content))
+    if not by_task:
+        raise ValueError(f"{examples.source}: none of {len(examples)} images can be read")
+    parts = [found[i : i + size] for found in by_task.values() for i in range(0, len(found), size)]
+    return [([example for example, _ in part], [content for _, content in part]) for part in parts]
 
 
-def _measure(model, processor, strategy: Strategy, batch: list[Example], examples: Examples, settings: dict) -> list[dict]:
-    """Rows of one batch; an image that cannot be read is reported to `examples` and has none."""
+def _measure(model, processor, strategy: Strategy, batch: list[Example], settings: dict) -> list[dict]:
+    """The rows of one batch. settings: of `generate`, with the seed of sampling."""
     settings = dict(settings)
+    if (seed := settings.pop("seed", None)) is not None:  # a batch draws the same tokens in every run
+        torch.manual_seed(zlib.crc32(f"{seed} {batch[0].name}".encode()))
+    inputs = encode(processor, [e.image() for e in batch], [e.prompt for e in batch])
+    answers = answer_batch(model, processor, inputs, strategy, batch, **settings)
+    lengths = [len(ids) for ids in answers.tokens]
+    beams = len(answers.trace.n_image) // len(batch)
+    per_row = [length for length in lengths for _ in range(beams)]
+    costs = ledger(shape_of(model), answers.trace, strategy, lengths=per_row, itemsize=model.dtype.itemsize)
+    costs = costs.groupby(costs.row // beams).sum().drop(columns="row")
     rows = []
-    for readable, images in Examples(batch, examples.source, examples.problems).batches(len(batch)):
-        if (seed := settings.pop("seed", None)) is not None:  # a batch draws the same tokens in every run
-            torch.manual_seed(zlib.crc32(f"{seed} {batch[0].name}".encode()))
-        inputs = encode(processor, images, [e.prompt for e in readable])
-        answers = answer_batch(model, processor, inputs, strategy, readable, **settings)
-        lengths = [len(ids) for ids in answers.tokens]
-        beams = len(answers.trace.n_image) // len(readable)
-        per_row = [length for length in lengths for _ in range(beams)]
-        costs = ledger(shape_of(model), answers.trace, strategy, lengths=per_row, itemsize=model.dtype.itemsize)
-        costs = costs.groupby(costs.row // beams).sum().drop(columns="row")
-        retention = answers.retention()
-        for i, example in enumerate(readable):
-            scene = str(example.scene.seed) if isinstance(example, SceneExample) else example.name
-            row = {"sample": example.name, "scene": scene, "task": example.task, "answer": answers.texts[i]}
-            row |= {"tokens": lengths[i], "retention": float(retention[i].mean())}
-            rows.append(row | {k: int(v) for k, v in costs.iloc[i].items()})
+    for i, (example, retention) in enumerate(zip(batch, answers.retention(), strict=True)):
+        scene = str(example.scene.seed) if isinstance(example, SceneExample) else example.name
+        row = {"sample": example.name, "scene": scene, "task": example.task, "answer": answers.texts[i]}
+        row |= {"tokens": lengths[i], "retention": float(retention.mean())}
+        rows.append(row | {k: int(v) for k, v in costs.iloc[i].items()})
     return rows
 
 
@@ -143,50 +162,52 @@ def _path(store: Path, about: dict) -> Path:
     return store / key[:2] / f"{key[2:34]}.json"
 
 
-def _model(model) -> dict:
+def _model(model, processor) -> dict:
     kind = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
-    return {"weights": weights_digest(model), "config": model.config.to_json_string(), "device": kind}
+    return {
+        "weights": weights_digest(model), "config": model.config.to_json_string(), "device": kind,
+        "attention": model.config._attn_implementation, "generation": model.generation_config.to_json_string(),
+        "processor": [processor.to_json_string(), processor.chat_template, processor.tokenizer.get_vocab()],
+    }  # fmt: skip
 
 
-_WEIGHTS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+_WEIGHTS: WeakKeyDictionary[nn.Module, tuple[list, str]] = WeakKeyDictionary()
 
 
 def weights_digest(module: nn.Module) -> str:
-    """A hash of every parameter and buffer; computed once for each module, whose weights should not change afterwards."""
-    if module not in _WEIGHTS:
+    """A hash of every parameter and buffer; computed again only after one of them was changed in place or replaced."""
+    state = module.state_dict()
+    versions = [(value.data_ptr(), value._version) for value in state.values()]
+    if module not in _WEIGHTS or _WEIGHTS[module][0] != versions:
         digest = hashlib.sha256()
-        for name, value in module.state_dict().items():
+        for name, value in state.items():
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.ndim else str(value.item()).encode())
-        _WEIGHTS[module] = digest.hexdigest()
-    return _WEIGHTS[module]
+            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        _WEIGHTS[module] = versions, digest.hexdigest()
+    return _WEIGHTS[module][1]
 
 
 def described(strategy: Strategy) -> str:
-    """A strategy with all its fields, the weights of those that have any, and the source of its classes."""
-    values = {f.name: getattr(strategy, f.name) for f in fields(strategy)}
-    values = {k: weights_digest(v) if isinstance(v, nn.Module) else repr(v) for k, v in values.items()}
+    """A hash of a strategy's class and fields, with weights, and of the source of its classes."""
+    values = {f.name: _described(getattr(strategy, f.name)) for f in fields(strategy)}
     source = [inspect.getsource(cls) for cls in type(strategy).__mro__ if issubclass(cls, Strategy)]
     return _digest([type(strategy).__qualname__, values, source])
 
 
+def _described(value) -> str:
+    """A field's value in full; of a module its weights and plain attributes, but for how it came to be."""
+    if isinstance(value, nn.Module):
+        plain = {k: v for k, v in vars(value).items() if not k.startswith("_") and k not in ("about", "training")}
+        return f"{plain!r} {weights_digest(value)}"
+    return repr(value.tolist() if hasattr(value, "tolist") else value)  # the repr of a long array leaves out its middle
+
+
 @cache
 def _code() -> str:
-    """A hash of the library, and of what draws the scenes."""
+    """A hash of the library, and of what here measures, knows more than a model, and draws scenes."""
     folder = Path(dyrate.__file__).parent
     files = sorted(folder.rglob("*.py"))
     if folder / "engine" / "pruning.py" not in files:
         raise FileNotFoundError(f"{folder} does not hold the library's source, which decides what a stored answer is worth")
-    return _digest([[path.relative_to(folder).as_posix(), path.read_text(encoding="utf-8")] for path in files]
-                   + [Path(scenes.__file__).read_text(encoding="utf-8")])  # fmt: skip
-
-
-@cache
-def _content(example: Example) -> list[str]:
-    """What of an example decides the answer; of an image that cannot be read, that it cannot."""
-    try:
-        pixels = hashlib.sha256(example.image().tobytes()).hexdigest()
-    except OSError:
-        pixels = "unreadable"
-    scene = repr(example.scene) if isinstance(example, SceneExample) else ""
-    return [example.name, example.task, example.prompt, pixels, scene]
+    files += [Path(module.__file__) for module in (controls, scenes)] + [Path(__file__)]
+    return _digest([[path.name, path.read_text(encoding="utf-8")] for path in files])

@@ -7,6 +7,7 @@ any page can cite them without typing them, and written to `NN_name.json` with t
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,16 @@ import pandas as pd
 from IPython.display import Markdown
 from myst_nb import glue
 
-from dyrate.data import Examples
 from dyrate.atomic import write_whole
-from study.protocol import measured
+from dyrate.data import Examples
+from study.protocol import protocol_rows
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout
+NUMBER = ("value", "low", "high", "n")  # what is recorded of a number with its interval
 
 
 class Chapter:
-    """What one notebook measured. results: folder of the profile's results, relative to the repository."""
+    """What one notebook measured. results: folder of the profile's results, relative to the repository unless absolute."""
 
     def __init__(self, name: str, results: str):
         self.name = name
@@ -32,17 +34,17 @@ class Chapter:
         self.texts: dict[str, str] = {}
         self.protocols: list[dict] = []
 
-    def number(self, key: str, value: float | dict) -> None:
-        """Record and glue a headline number: a plain value, or {"value", "low", "high", "n"} with its interval.
+    def number(self, key: str, value: float | Mapping | pd.Series) -> None:
+        """Record and glue a headline number: a plain value, or one with its interval, of which `NUMBER` is kept.
 
         Prose cites `key`, and of an interval `key_low` and `key_high`.
         """
-        found = value if isinstance(value, dict) else {"value": float(value)}
-        self.numbers[key] = {k: float(v) if k != "n" else int(v) for k, v in found.items()}
-        glue(key, float(found["value"]), display=False)
+        number = {k: value[k] for k in NUMBER if k in value} if isinstance(value, Mapping | pd.Series) else {"value": value}
+        self.numbers[key] = {k: int(v) if k == "n" else float(v) for k, v in number.items()}
+        glue(key, float(number["value"]), display=False)
         for end in ("low", "high"):
-            if end in found:
-                glue(f"{key}_{end}", float(found[end]), display=False)
+            if end in number:
+                glue(f"{key}_{end}", float(number[end]), display=False)
 
     def text(self, key: str, text: str) -> None:
         """Glue a computed sentence as Markdown, and as `key_plain` for other pages, to which only plain text crosses."""
@@ -58,9 +60,9 @@ class Chapter:
     def protocol(
         self, examples: Examples | str, *, metric: str | None = None, max_new_tokens: int | None = None, decoding: str = "greedy"
     ) -> None:
-        """Record under which protocol the chapter's numbers were made (`study.protocol.measured`)."""
-        told = f"{decoding}, at most {max_new_tokens} tokens" if max_new_tokens else "none"
-        self.protocols += measured(examples, metric=metric, decoding=told)
+        """Record under which protocol the chapter's numbers were made (`study.protocol.protocol_rows`)."""
+        decoded = f"{decoding}, at most {max_new_tokens} tokens" if max_new_tokens else "none"
+        self.protocols += protocol_rows(examples, metric=metric, decoding=decoded)
 
     def close(self) -> None:
         """Write headline numbers, computed sentences and protocols: only now does the chapter count as measured.

@@ -12,7 +12,7 @@ SPLIT_NAMES = {"train": "train", "restval": "train", "val": "validation", "test"
 
 @dataclass
 class Captions:
-    """The captions of each image file. splits: where the maker put an image ("train", "validation", "test"), if he said so."""
+    """The captions of each image file. splits: its official one ("train", "validation" or "test"), where the file names it."""
 
     origin: Path
     texts: dict[str, list[str]] = field(default_factory=dict)
@@ -88,6 +88,6 @@ def _from_table(path: Path) -> Captions:
     for row in rows:
         row = {k.strip(): v.strip() for k, v in row.items() if k is not None and v is not None}
         if row.get(image) and row.get(caption):
-            said = row[caption]
-            captions.add(row[image], json.loads(said) if said.startswith("[") else [said], row.get("split"))
+            cell = row[caption]
+            captions.add(row[image], json.loads(cell) if cell.startswith("[") else [cell], row.get("split"))
     return captions

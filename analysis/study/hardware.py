@@ -1,7 +1,7 @@
 """Write the README's table of what a profile needs: memory, and hours on a few GPUs.
 
-python analysis/hardware.py            # anew, with Python's time as it was measured
-python analysis/hardware.py --probe    # measure Python's time here first
+python -m study.hardware            # anew, with Python's time as it was measured
+python -m study.hardware --probe    # measure Python's time here first
 
 Speeds are those of the makers' data sheets (`analysis/gpus.csv`); no GPU was asked.
 """
@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import pandas as pd
-import run as runner
 import torch
 
-from dyrate import estimate
-from dyrate.cost import LLAVA_7B, LLAVA_13B
-from study.planning import Machine
 from dyrate.atomic import write_whole
+from dyrate.cost import LLAVA_7B, LLAVA_13B
+from study import planning
+from study.planning import Machine
+from study.profiles import ROOT, defaults, planned, read_plan
+from study.runner import spoken
 
-ROOT = Path(__file__).resolve().parent.parent
 PROBE, README = ROOT / "data" / "results" / "probe.json", ROOT / "README.md"
 PROFILES = {"llava-7b": LLAVA_7B, "llava-13b": LLAVA_13B}
-BEGIN, END = "<!-- written by analysis/hardware.py -->", "<!-- end -->"
+BEGIN, END = "<!-- written by analysis/study/hardware.py -->", "<!-- end -->"
 
 
 def cards() -> list[Machine]:
@@ -39,14 +38,14 @@ def table() -> pd.DataFrame:
     columns: dict[str, dict[str, float]] = {}
     for profile, shape in PROFILES.items():
         size = profile.removeprefix("llava-").upper()
-        plan = [(n, v) for n, v in runner.read_plan(profile)[1] if "model" in v]
-        (predictors,) = runner.planned(plan).values()
+        plan = [(n, v) for n, v in read_plan(profile)[1] if "model" in v]
+        (predictors,) = planned(plan).values()
         for notebook, values in plan:
-            work = estimate.work(notebook.stem, {**runner.defaults(notebook), **values}, shape.layers, predictors)
-            need = estimate.memory(work, shape)
+            work = planning.work(notebook.stem, {**defaults(notebook), **values}, shape.layers, predictors)
+            need = planning.memory(work, shape)
             columns.setdefault(f"{size}: GiB", {})[notebook.stem] = need / 2**30
             for card in cards():
-                hours = estimate.seconds(work, shape, card) / 3600 if need <= card.memory else float("nan")
+                hours = planning.seconds(work, shape, card) / 3600 if need <= card.memory else float("nan")
                 columns.setdefault(f"{size}: {card.name}", {})[notebook.stem] = hours
     frame = pd.DataFrame(columns).rename_axis("chapter")
     frame.loc["all"] = {c: frame[c].max() if "GiB" in c else frame[c].sum(skipna=False) for c in frame}
@@ -59,7 +58,7 @@ def markdown(frame: pd.DataFrame) -> str:
     def cell(column: str, value) -> str:
         if column == "chapter":
             return value
-        return "–" if pd.isna(value) else f"{value:.0f}" if "GiB" in column else runner.spoken(3600 * value)
+        return "–" if pd.isna(value) else f"{value:.0f}" if "GiB" in column else spoken(3600 * value)
 
     lines = ["| " + " | ".join(frame.columns) + " |", "|---|" + "--:|" * (len(frame.columns) - 1)]
     rows = frame.itertuples(index=False)
@@ -73,7 +72,7 @@ def readme(text: str) -> str:
 
 if __name__ == "__main__":
     if "--probe" in sys.argv:
-        about = {"device": estimate.name_of_device(), "torch": torch.__version__}
-        python = min(estimate.probe().seconds_per_layer for _ in range(5))
+        about = {"device": planning.name_of_device(), "torch": torch.__version__}
+        python = min(planning.probe().seconds_per_layer for _ in range(5))
         write_whole(PROBE, json.dumps(about | {"seconds_per_layer": python}, indent=1) + "\n")
     write_whole(README, readme(README.read_text(encoding="utf-8")))

@@ -1,6 +1,6 @@
 """Caption sets on the Hugging Face hub: those that lmms-eval, and with it the paper, evaluates on.
 
-Only the evaluated split is downloaded, once. Captions are read at once, a picture only when it is asked for.
+Only the evaluated split is downloaded, once. Captions are read at once, an image only when it is opened.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dyrate.models import unreachable
 
 @dataclass(frozen=True)
 class HubSet:
-    """Where a caption set lies. files: of the split. name, captions: the columns that tell images apart and describe them."""
+    """Where a caption set lies. files: of the split. name, captions: the columns that identify images and describe them."""
 
     repository: str
     revision: str
@@ -37,7 +37,7 @@ SETS = {
     ),
     # its "test" is the whole of Flickr30k, not Karpathy's 1,000 images
     "flickr30k": HubSet("lmms-lab/flickr30k", "0d6d9049be2e08261be315e731e0d8054c1d1c03", "data/test-*", "img_id", "caption"),
-    # here `id` and `file_name` do not tell images apart
+    # here `id` and `file_name` are not unique to an image
     "coco2017": HubSet(
         "lmms-lab/COCO-Caption2017", "ba347b1dc8dcc9c2c07f0d51c073403ae2ab5d42", "data/val-*", "question_id", "answer"
     ),

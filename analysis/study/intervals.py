@@ -1,8 +1,8 @@
-"""Means with the interval that other samples, and other seeds, would give."""
+"""Means with bootstrap intervals over samples and seeds, and what an interval says."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -12,8 +12,8 @@ def bootstrap(
 ) -> dict:
     """A statistic over samples with its percentile bootstrap interval: {"value", "low", "high", "n"}.
 
-    values: one number, or one row of numbers, per sample; samples (not their parts) are resampled. NaN rows are left out.
-    statistic must accept `axis` as numpy's do when rows are scalars.
+    values: one number, or one row of numbers, per sample; samples (not their parts) are resampled, single NaN numbers left
+    out. statistic: called with `axis=0`.
     """
     values = np.asarray(values, dtype=float)
     values = values[~np.isnan(values)] if values.ndim == 1 else values
@@ -21,9 +21,9 @@ def bootstrap(
     if n == 0:
         return {"value": float("nan"), "low": float("nan"), "high": float("nan"), "n": 0}
     rng = np.random.default_rng(seed)
-    drawn = [statistic(values[rng.integers(0, n, n)], axis=0) for _ in range(resamples)]
+    resampled = [statistic(values[rng.integers(0, n, n)], axis=0) for _ in range(resamples)]
     tail = (1 - level) / 2
-    low, high = np.nanquantile(drawn, [tail, 1 - tail], axis=0)
+    low, high = np.nanquantile(resampled, [tail, 1 - tail], axis=0)
     value = statistic(values, axis=0)
     if values.ndim == 1:
         return {"value": float(value), "low": float(low), "high": float(high), "n": n}
@@ -31,17 +31,24 @@ def bootstrap(
 
 
 def bootstrap_crossed(values: np.ndarray, *, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> dict:
-    """The mean over samples and seeds with a percentile interval that knows both: {"value", "low", "high", "n", "seeds"}.
+    """The mean over samples and seeds with a percentile interval over both: {"value", "low", "high", "n", "seeds"}.
 
-    values: (sample, seed), each seed measured on every sample. Samples and seeds are resampled apart, so that the interval
-    covers other samples and other trainings alike; with one seed it is `bootstrap`'s.
+    values: (sample, seed), each seed measured on every sample. Samples and seeds are resampled independently, so that the
+    interval covers other samples and other trainings alike; with one seed it is `bootstrap`'s.
     """
     values = np.asarray(values, dtype=float)
     n, seeds = values.shape
     if n == 0:
         return {"value": float("nan"), "low": float("nan"), "high": float("nan"), "n": 0, "seeds": seeds}
     rng = np.random.default_rng(seed)
-    drawn = [values[rng.integers(0, n, n)][:, rng.integers(0, seeds, seeds)].mean() for _ in range(resamples)]
+    resampled = [values[rng.integers(0, n, n)][:, rng.integers(0, seeds, seeds)].mean() for _ in range(resamples)]
     tail = (1 - level) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail])
+    low, high = np.quantile(resampled, [tail, 1 - tail])
     return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": n, "seeds": seeds}
+
+
+def verdict(difference: Mapping) -> str:
+    """What the interval of a paired difference says, as words to stand between the names of its two sides."""
+    if difference["low"] > 0:
+        return "scores higher than"
+    return "scores lower than" if difference["high"] < 0 else "shows no significant difference from"

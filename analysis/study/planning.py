@@ -1,4 +1,4 @@
-"""How long a chapter takes and how much memory it needs, told before it runs.
+"""How long a chapter takes and how much memory it needs, estimated before it runs.
 
 The ledger (`dyrate.cost`) counts multiply-accumulates and bytes of what a profile asks for; a probe of seconds measures what
 the device does of each in a second, and how long Python takes for a layer, below which no small batch falls. Every answer is
@@ -8,6 +8,7 @@ taken to be as long as it may be.
 from __future__ import annotations
 
 import fnmatch
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dyrate.cost import Shape, decode_macs, prefill_macs, read_bytes, tower_macs
-from study.memory import parameters, to_answer, to_train
-from dyrate.strategies import STRATEGIES  # noqa: F401  (all are registered before a lineup is made)
-from dyrate.strategy import lineup
+from dyrate.strategies import STRATEGIES
 from dyrate.training import Settings
+from study.chapters.comparison import lineup
+from study.memory import parameters, to_answer, to_train
 
 TEXT = 56  # text tokens of a prompt, as in the efficiency chapter
-CALIBRATION, CONSTANTS, FORETOLD = 7, 12, 12  # in chapter 2: rounds at most, constant rates, and those set against the gradient
+CALIBRATION = 7  # rounds at most, of a trained predictor
+CONSTANTS, GRADIENT = 12, 12  # constant rates in chapter 2, and those that the gradient's prediction is compared at
 CONTROLS, FEW = 8, 3  # in chapter 7, and under its other conditions
 LARGE = 1e9  # parameters that want a GPU
 CONTEXT = 2**30  # bytes that a GPU's libraries take
@@ -47,14 +49,14 @@ class Machine:
 class Work:
     """What a chapter does. answers: generated, at most `longest` tokens each, `batch` rows together (beams count).
 
-    taught: sequences run forward once; trained: forward and backward, `train_batch` together; held: sequences whose hidden
-    states stay in memory for training.
+    teacher_forced: sequences run forward once; trained: forward and backward, `train_batch` together; held: sequences whose
+    hidden states stay in memory for training.
     """
 
     answers: int = 0
     longest: int = 64
     batch: int = 1
-    taught: int = 0
+    teacher_forced: int = 0
     trained: int = 0
     train_batch: int = 1
     held: int = 0
@@ -76,20 +78,21 @@ def work(chapter: str, values: dict, layers: int, predictors: Sequence[str]) -> 
         budgets = len(v["budgets"])
         return Work(
             answers=budgets * (CALIBRATION * check + unseen), **common,
-            taught=(budgets + 1) * learn + (CONSTANTS + FORETOLD + budgets + 2) * unseen, held=learn,
+            teacher_forced=(budgets + 1) * learn + (CONSTANTS + GRADIENT + budgets + 2) * unseen, held=learn,
             trained=(budgets + 1) * v["steps"] * v["batch"] * v["accumulate"], train_batch=v["batch"],
             checkpointing=v["checkpointing"],
         )  # fmt: skip
     if chapter.startswith("03"):
-        compared = lineup(v["shares"], layers, v["strategies"], scenes=v["source"] == "pocket")
+        compared = lineup(v["retentions"], layers, v["strategies"], scenes=v["source"] == "pocket")
         return Work(answers=per_set * (len(compared) + len(fnmatch.filter(predictors, v["pattern"]))), **common)
     if chapter.startswith("04"):
-        beams = [line.get("generate", {}).get("num_beams", 1) for line in v["ablations"]]
-        training = [Settings(**line["train"]) for line in v["ablations"] if "train" in line]
+        lines = {_answers(line): line for line in v["ablations"]}.values()
+        beams = [line.get("generate", {}).get("num_beams", 1) for line in lines]
+        training = [Settings(**line["train"]) for line in lines if "train" in line]
         learn, check = (v[key] * len(v["learn_tasks"]) for key in ("n_train", "n_validation"))
         return Work(
-            answers=per_set * (len(v["constant_shares"]) + sum(beams)) + len(training) * CALIBRATION * check,
-            longest=v["max_new_tokens"], batch=v["batch_size"] * max(beams), taught=len(training) * learn,
+            answers=per_set * (len(v["constant_retentions"]) + sum(beams)) + len(training) * CALIBRATION * check,
+            longest=v["max_new_tokens"], batch=v["batch_size"] * max(beams), teacher_forced=len(training) * learn,
             trained=sum(t.steps * t.batch * t.accumulate for t in training), held=learn if training else 0,
             train_batch=max((t.batch for t in training), default=1), checkpointing=all(t.checkpointing for t in training),
         )  # fmt: skip
@@ -100,6 +103,15 @@ def work(chapter: str, values: dict, layers: int, predictors: Sequence[str]) -> 
         watched = sum(seeds) * v["n_validation"] * len(v["tasks"])
         return Work(answers=watched + (sum(seeds) + CONTROLS + FEW * len(v["others"])) * per_set, **common)
     return Work()
+
+
+def _answers(line: dict) -> str:
+    """What decides the answers of an ablation: equal lines are measured once."""
+    if "train" in line:
+        what = Settings(**line["train"])
+    else:
+        what = line.get("predictor") or STRATEGIES[line["strategy"]](**line.get("fields", {}))
+    return f"{what} {json.dumps(line.get('generate', {}), sort_keys=True)}"
 
 
 def seconds(found: Work, shape: Shape, machine: Machine) -> float:
@@ -117,7 +129,7 @@ def seconds(found: Work, shape: Shape, machine: Machine) -> float:
     if found.answers:
         step = bound(rows * decode_macs(shape, middle), read_bytes(shape, middle, itemsize, rows))
         total += found.answers / rows * (bound(rows * whole, 0) + max(0, found.longest - 1) * step)
-    total += found.taught * bound(whole, 0)
+    total += found.teacher_forced * bound(whole, 0)
     if found.trained:  # the weights are frozen: backward costs what forward does, twice in attention
         passes = 3 if found.checkpointing else 2
         total += found.trained / found.train_batch * bound(passes * found.train_batch * whole, 0, passes=3)

@@ -8,13 +8,12 @@ from pathlib import Path
 import pandas as pd
 
 from dyrate.data import Examples
-from study.answers import metric_of
+from study.scores import metric_of
 
-REPORTED = Path(__file__).resolve().parent.parent / "data" / "reported"
-SETTINGS = {"resolution", "K", "R"}  # numbers that say what was run, not what came out
+REPORTED = Path(__file__).resolve().parents[2] / "data" / "reported"
 
 
-def measured(examples: Examples | str, *, metric: str | None = None, decoding: str = "none") -> list[dict]:
+def protocol_rows(examples: Examples | str, *, metric: str | None = None, decoding: str = "none") -> list[dict]:
     """One row for each task of `examples`, or one row where a text stands in their place and says what was computed.
 
     metric: where a chapter measures something else than the task's score.
@@ -50,18 +49,9 @@ def figures_of(protocol, frame: pd.DataFrame) -> set[tuple]:
     return {(row, column) for column in protocol.columns.split("; ") for row in rows if pd.notna(frame.loc[row, column])}
 
 
-def told_of(name: str, column: str, field: str) -> pd.Series:
-    """What the ledger says of each figure in one column of a reported table: its `field`, by row."""
-    frame, lines = reported(name), reported("protocols")
-    lines = [line for line in lines[lines.file == name].itertuples() if column in line.columns.split("; ")]
-    found = {row: getattr(line, field) for line in lines for row, of in figures_of(line, frame) if of == column}
-    return pd.Series(found).sort_index()
-
-
-def uncovered(name: str, protocols: pd.DataFrame) -> list[str]:
-    """What is wrong with a reported table's protocols: figures with none, or with several."""
-    frame = reported(name)
-    told = [cell for line in protocols[protocols.file == name].itertuples() for cell in figures_of(line, frame)]
-    columns = [c for c in frame.select_dtypes("number").columns if c not in SETTINGS]
-    figures = [(row, column) for column in columns for row in frame.index if pd.notna(frame.loc[row, column])]
-    return [f"{name}: {told.count(cell)} protocols for {cell[1]} of row {cell[0]}" for cell in figures if told.count(cell) != 1]
+def protocol_of(name: str, column: str, field: str) -> pd.Series:
+    """What the ledger states about each figure in one column of a reported table: its `field`, by row."""
+    frame, ledger = reported(name), reported("protocols")
+    lines = [line for line in ledger[ledger.file == name].itertuples() if column in line.columns.split("; ")]
+    values = {row: getattr(line, field) for line in lines for row, of in figures_of(line, frame) if of == column}
+    return pd.Series(values).sort_index()

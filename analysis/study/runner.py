@@ -1,186 +1,83 @@
-"""Run the study's notebooks with papermill: measure, record where each number comes from, skip what is up to date.
+"""Execute notebooks with papermill, each in a process of its own; skip those that stand as they would be measured now.
 
-python analysis/run.py --profile pocket                 # every chapter
-python analysis/run.py --profile smoke --only 01 --force
-python analysis/run.py --profile my_photos.yaml         # a parameter file of your own
-python analysis/run.py --profile pocket --check         # rerun, compare with the committed results
-python analysis/run.py --profile llava-7b --yes         # do not ask before hours of work
+The program is `analysis/run.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import fnmatch
-import hashlib
-import importlib.metadata
+import fcntl
 import json
+import math
+import multiprocessing
 import os
-import platform
+import re
 import shutil
-import subprocess
 import sys
+import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TextIO
 
-import nbformat
 import papermill
 import torch
-import yaml
 from jupyter_client.kernelspec import KernelSpecManager
 
-import dyrate
-from dyrate import estimate
-from dyrate.cost import shape_of
 from dyrate.atomic import write_whole
+from dyrate.cost import shape_of
 from dyrate.models import read_config
+from study import planning
+from study.examples import examples
+from study.profiles import ROOT, Plan, defaults, planned, predictors_of, read_plan, reads
+from study.provenance import fingerprint, provenance, recorded, trained_here
 
-ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / "analysis").glob("[0-9][0-9]_*.ipynb"))
 BAD_INPUT = (ValueError, FileNotFoundError, ImportError)
 LONG = 20 * 60  # seconds of work that are asked for first
-PACKAGES = ("torch", "transformers", "numpy", "pandas", "matplotlib", "pillow", "papermill", "pycocoevalcap")
+CORES = os.cpu_count() or 1
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None, description: str | None = None) -> int:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="pocket", help="a name in analysis/params, or a YAML file")
     parser.add_argument("--only", nargs="+", default=[], help="numbers of chapters, such as 01")
     parser.add_argument("--force", action="store_true", help="run also what is up to date")
     parser.add_argument("--check", action="store_true", help="measure anew elsewhere and compare with the committed results")
+    parser.add_argument("--reference", type=Path, help="results to compare with (default: the profile's in data/results)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="chapters at a time (default: one; of pocket on a CPU two)")
     parser.add_argument("--yes", action="store_true", help="begin long work without asking")
     given = parser.parse_args(argv)
-    expected: dict[str, float] = {}
     try:
-        profile, plan = read_plan(given.profile, given.only)
+        name, plan = read_plan(given.profile, given.only)
+        reference = (given.reference or ROOT / "data" / "results" / name).resolve()
+        os.chdir(ROOT)  # what parameters name is relative to the repository
         check_kernel()
-        if not given.check:
-            plan = [(n, v) for n, v in plan if given.force or not up_to_date(n, profile, v)]
-            expected = before(plan)
+        lock = locked(name)  # noqa: F841  (held until this returns)
+        profile = f"check-{name}" if given.check else name
+        if given.check:
+            check_references(plan, reference)
+            plan = elsewhere(plan, Path("build") / "check" / name)
+        todo = to_run(plan, profile, given.force or given.check)
+        expected = before(todo)
     except BAD_INPUT as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if given.check:
-        return check(profile, plan)
     if sum(expected.values()) > LONG and not given.yes:
-        print(f"about {spoken(sum(expected.values()))} on this {estimate.name_of_device()}; continue with --yes")
+        print(f"about {spoken(sum(expected.values()))} on this {planning.name_of_device()}; continue with --yes")
         return 3
-    for notebook, values in plan:
-        if not run(notebook, profile, values, expected.get(notebook.stem)):
-            return 1
-    return 0
+    try:
+        failed = run(todo, profile, max(1, given.jobs or default_jobs(todo)), given.force or given.check, expected)
+    except KeyboardInterrupt:
+        print("\ninterrupted: finished chapters and finished answers are kept", file=sys.stderr)
+        return 130
+    if given.check and not failed:
+        return compare(plan, profile, reference)
+    return 1 if failed else 0
 
 
-def read_plan(name: str, only: list[str] = ()) -> tuple[str, list[tuple[Path, dict]]]:
-    """A profile's name, and the notebooks that it runs with their parameters."""
-    profile, parameters = read_profile(name)
-    chosen = choose(only)
-    if not only and profile_is_partial(parameters):
-        chosen = [notebook for notebook in chosen if notebook.stem in parameters]
-    return profile, [(notebook, parameters_of(notebook, parameters)) for notebook in chosen]
-
-
-def before(plan: list[tuple[Path, dict]]) -> dict[str, float]:
-    """Look for what would stop the work later, and print how long it takes: seconds by chapter. Nothing of it for pocket.
-
-    Raises what is wrong: a checkpoint, data, predictors or a package that is missing, no GPU, or too little memory.
-    """
-    plan = [(n, v) for n, v in plan if v.get("model", "pocket") != "pocket"]
-    if not plan:
-        return {}
-    machine = estimate.probe()
-    speeds = f"{machine.macs_per_second:.3g} multiply-accumulates and {machine.bytes_per_second:.3g} bytes a second"
-    print(f"{machine.name}, measured: {speeds}, {1e3 * machine.seconds_per_layer:.2g} ms of Python a layer")
-    found = {}
-    for notebook, values in plan:
-        values = {**defaults(notebook), **values}
-        shape = shape_of(SimpleNamespace(config=read_config(values["model"])))
-        study.examples.examples(values["source"], 1, tasks=values.get("tasks") or [values["task"]])
-        predictors = check_predictors(notebook, values, planned(plan))
-        work = estimate.work(notebook.stem, values, shape.layers, predictors)
-        spread = machine if not values["device_map"] else replace(machine, memory=machine.memory * torch.cuda.device_count())
-        estimate.check_fits(work, shape, spread, values["model"])
-        found[notebook.stem] = estimate.seconds(work, shape, machine)
-        print(f"{notebook.stem}: about {spoken(found[notebook.stem])}")
-    return found
-
-
-def planned(plan: list[tuple[Path, dict]]) -> dict[str, list[str]]:
-    """The predictors that chapter 2 will have trained when later chapters want them: folder -> names."""
-    found = {}
-    for notebook, values in plan:
-        if notebook.stem.startswith("02"):
-            v = {**defaults(notebook), **values}
-            found[v["predictors"]] = [f"{v['residency']}-{budget:g}" for budget in v["budgets"]]
-    return found
-
-
-def check_predictors(notebook: Path, values: dict, coming: dict[str, list[str]]) -> list[str]:
-    """Predictors in a chapter's folder, or `coming`. Raises FileNotFoundError if one is wanted and not among them."""
-
-    def there(folder: str) -> list[str]:
-        return sorted({p.name for p in (ROOT / folder).glob("*")} | set(coming.get(folder, [])))
-
-    wanted = [line["predictor"] for line in values.get("ablations", []) if "predictor" in line]
-    wanted += [values["predictor"]] if "predictor" in values else []
-    if "prefix" in values:
-        wanted += [f"{values['predictors']}/{start}*" for start in (values["prefix"], *values["others"].values())]
-    for path in map(Path, wanted):
-        if not fnmatch.filter(there(str(path.parent)), path.name):
-            raise FileNotFoundError(f"{notebook.stem}: no predictor {path}: run chapter 02 first, with the same profile")
-    return there(values.get("predictors", ""))
-
-
-def defaults(notebook: Path) -> dict:
-    """A notebook's parameters as it stands."""
-    cell = next(c for c in nbformat.read(notebook, 4).cells if "parameters" in c.metadata.get("tags", []))
-    return {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(cell.source).body}
-
-
-def spoken(seconds: float) -> str:
-    """Hours and minutes: "3 h 40", "12 min"."""
-    minutes = max(1, round(seconds / 60))
-    return f"{minutes // 60} h {minutes % 60:02}" if minutes >= 60 else f"{minutes} min"
-
-
-def read_profile(name: str) -> tuple[str, dict[str, dict]]:
-    """A profile's name and its parameters: a mapping from "all" or a notebook's name to values."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else ROOT / "analysis" / "params" / f"{name}.yaml"
-    if not path.exists():
-        known = ", ".join(sorted(p.stem for p in (ROOT / "analysis" / "params").glob("*.yaml")))
-        raise FileNotFoundError(f"no profile {name!r}: name a YAML file or one of {known}")
-    content = yaml.safe_load(path.read_text()) or {}
-    stems = {notebook.stem for notebook in NOTEBOOKS}
-    if not isinstance(content, dict) or any(not isinstance(v, dict) for v in content.values()):
-        raise ValueError(f"{path}: expected sections ('all' or a notebook's name) of parameters")
-    if unknown := set(content) - stems - {"all"}:
-        raise ValueError(f"{path}: no notebook is called {sorted(unknown)}; there are {sorted(stems)}")
-    return path.stem, content
-
-
-def profile_is_partial(parameters: dict[str, dict]) -> bool:
-    """A profile that names some notebooks, and has no section "all", means those."""
-    return bool(parameters) and "all" not in parameters
-
-
-def choose(only: list[str]) -> list[Path]:
-    """The notebooks whose names begin with one of `only`; all of them without any."""
-    chosen = [n for n in NOTEBOOKS if not only or any(n.name.startswith(o) for o in only)]
-    missing = [o for o in only if not any(n.name.startswith(o) for n in NOTEBOOKS)]
-    if missing:
-        raise ValueError(f"no notebook begins with {missing}; there are {[n.stem for n in NOTEBOOKS]}")
-    return chosen
-
-
-def parameters_of(notebook: Path, profile: dict[str, dict]) -> dict:
-    """The profile's values for one notebook; an unknown parameter is an error (papermill would only warn)."""
-    values = {**profile.get("all", {}), **profile.get(notebook.stem, {})}
-    known = papermill.inspect_notebook(str(notebook))
-    if unknown := set(values) - set(known):
-        raise ValueError(f"{notebook.name} has no parameter {sorted(unknown)}; it has {sorted(known)}")
-    return values
+# -- what is to be run -----------------------------------------------------------------------------------------------------
 
 
 def check_kernel() -> None:
@@ -193,114 +90,247 @@ def check_kernel() -> None:
         )
 
 
-def where(notebook: Path, profile: str, values: dict) -> tuple[Path, Path]:
-    """The executed notebook, and the folder of its results."""
-    return ROOT / "build" / "analysis" / profile / notebook.name, ROOT / values.get("results", f"data/results/{profile}")
+def locked(profile: str) -> TextIO:
+    """Take the profile's lock, held while the file is open: the system frees it when a process ends, however it ends.
+
+    Raises ValueError that names the process which has it.
+    """
+    path = ROOT / "build" / f"{profile}.lock"
+    path.parent.mkdir(exist_ok=True)
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise ValueError(f"process {file.read()} runs the profile {profile} in this checkout: wait for it or end it") from error
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
-def up_to_date(notebook: Path, profile: str, values: dict) -> bool:
-    """Whether the chapter stands as it would be measured now; says so."""
-    executed, results = where(notebook, profile, values)
-    found = executed.exists() and fingerprint_of(results / f"{notebook.stem}.json") == fingerprint(notebook, values)
-    if found:
-        print(f"{notebook.stem}: up to date")
+def to_run(plan: Plan, profile: str, force: bool) -> Plan:
+    """The chapters that do not stand as they would be measured now; of each it says so, or what has changed."""
+    found: Plan = []
+    for notebook, values in plan:
+        waits = reads(notebook, values, planned(found))  # for chapter 2, after which `run` looks again
+        changed = [] if waits else changes(notebook, profile, values)
+        if not (waits or changed or force):
+            print(f"{notebook.stem}: up to date", flush=True)
+            continue
+        if changed and where(notebook, profile, values)[0].exists():
+            print(f"{notebook.stem}: changed since it was measured: {', '.join(changed)}", flush=True)
+        found.append((notebook, values))
     return found
 
 
-def run(notebook: Path, profile: str, values: dict, expected: float | None = None) -> bool:
-    """Execute one notebook into build/analysis/<profile>; False if a cell failed. expected: seconds, to compare with."""
-    executed, results = where(notebook, profile, values)
-    headline = results / f"{notebook.stem}.json"
+def elsewhere(plan: Plan, folder: Path) -> Plan:
+    """The plan with results, stored answers and the predictors that chapter 2 trains in a folder of their own, now empty."""
+    shutil.rmtree(ROOT / folder, ignore_errors=True)
+    moved = []
+    for notebook, values in plan:
+        text = json.dumps({**defaults(notebook), **values})
+        for trained in planned(plan):
+            text = re.sub(rf'"{re.escape(trained)}(?=[/"])', f'"{folder}/predictors', text)
+        values = json.loads(text) | {"results": f"{folder}/results"}
+        moved.append((notebook, values | ({"store": f"{folder}/answers"} if "store" in values else {})))
+    return moved
+
+
+# -- what would stop it, and how long it takes -----------------------------------------------------------------------------
+
+
+def before(plan: Plan) -> dict[str, float]:
+    """Look for what would stop the work later, and print how long it takes: seconds by chapter. Nothing of that for pocket.
+
+    Raises what is wrong: a checkpoint, data, predictors or a package that is missing, no GPU, or too little memory.
+    """
+    predictors = {notebook: predictors_of(notebook, values, planned(plan)) for notebook, values in plan}
+    plan = [(n, v) for n, v in plan if v.get("model", "pocket") != "pocket"]
+    if not plan:
+        return {}
+    machine = planning.probe()
+    speeds = f"{machine.macs_per_second:.3g} multiply-accumulates and {machine.bytes_per_second:.3g} bytes a second"
+    print(f"{machine.name}, measured: {speeds}, {1e3 * machine.seconds_per_layer:.2g} ms of Python a layer")
+    found = {}
+    for notebook, values in plan:
+        values = {**defaults(notebook), **values}
+        shape = shape_of(SimpleNamespace(config=read_config(values["model"])))
+        examples(values["source"], 1, tasks=values.get("tasks") or [values["task"]])
+        work = planning.work(notebook.stem, values, shape.layers, [folder.name for folder in predictors[notebook]])
+        spread = machine if not values["device_map"] else replace(machine, memory=machine.memory * torch.cuda.device_count())
+        planning.check_fits(work, shape, spread, values["model"])
+        found[notebook.stem] = planning.seconds(work, shape, machine)
+        print(f"{notebook.stem}: about {spoken(found[notebook.stem])}", flush=True)
+    return found
+
+
+def spoken(seconds: float) -> str:
+    """Hours and minutes: "3 h 40", "12 min"."""
+    minutes = max(1, round(seconds / 60))
+    return f"{minutes // 60} h {minutes % 60:02}" if minutes >= 60 else f"{minutes} min"
+
+
+def default_jobs(plan: Plan) -> int:
+    """Chapters at a time: two where the pocket model runs on a CPU, which it does not fill."""
+    alone = torch.cuda.is_available() or any(values.get("model", "pocket") != "pocket" for _, values in plan)
+    return 1 if alone else min(2, CORES)
+
+
+# -- running ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Running:
+    """A chapter at work. state: its fingerprint; begun: by `time.monotonic`."""
+
+    notebook: Path
+    profile: str
+    values: dict
+    state: dict[str, str]
+    begun: float
+    process: multiprocessing.Process
+
+
+def where(notebook: Path, profile: str, values: dict) -> tuple[Path, Path]:
+    """The executed notebook, and the file of its headline numbers."""
+    results = values.get("results", f"data/results/{profile}")
+    return ROOT / "build" / "analysis" / profile / notebook.name, ROOT / results / f"{notebook.stem}.json"
+
+
+def changes(notebook: Path, profile: str, values: dict) -> list[str]:
+    """Which conditions differ from those under which the chapter was last measured."""
+    executed, headline = where(notebook, profile, values)
     state = fingerprint(notebook, values)
+    known = recorded(headline).get("inputs", {}) if executed.exists() else {}
+    return [name for name, value in state.items() if value != known.get(name)]
+
+
+def recorded_seconds(notebook: Path, values: dict, profile: str) -> float:
+    """How long a chapter took when it was last run; of a profile that never ran, with profile pocket."""
+    reference = ROOT / "data" / "results" / "pocket" / f"{notebook.stem}.json"
+    return (recorded(where(notebook, profile, values)[1]) or recorded(reference)).get("seconds", 0.0)
+
+
+def run(todo: Plan, profile: str, jobs: int, force: bool, expected: dict[str, float]) -> list[str]:
+    """Execute chapters, `jobs` at a time, the longest first; returns those that failed. The others are run to their end."""
+    coming, failed, running = planned(todo), [], {}
+    late = [notebook for notebook, values in todo if reads(notebook, values, coming)]
+    waiting = sorted(todo, key=lambda chapter: (chapter[0] in late, -recorded_seconds(*chapter, profile)))
+    try:
+        while waiting or running:
+            ready = [chapter for chapter in waiting if not reads(*chapter, coming)]
+            for notebook, values in ready[: jobs - len(running)]:
+                waiting.remove((notebook, values))
+                if notebook in late and not force and not changes(notebook, profile, values):
+                    print(f"{notebook.stem}: up to date", flush=True)
+                    continue
+                chapter = start(notebook, profile, values, jobs)
+                running[chapter.process.sentinel] = chapter
+            for chapter in [running.pop(sentinel) for sentinel in wait(list(running))] if running else []:
+                stem = chapter.notebook.stem
+                if not finish(chapter, jobs, expected.get(stem)):
+                    failed.append(stem)
+                if stem.startswith("02"):
+                    lost = [c for c in waiting if stem in failed and reads(*c, coming)]
+                    for notebook, _ in lost:
+                        print(f"error: {notebook.stem} needs the predictors that {stem} trains: not run", file=sys.stderr)
+                    waiting, coming = [c for c in waiting if c not in lost], {}
+                    failed += [notebook.stem for notebook, _ in lost]
+    finally:
+        for chapter in running.values():
+            chapter.process.kill()
+            chapter.process.join()
+    return failed
+
+
+def start(notebook: Path, profile: str, values: dict, jobs: int) -> Running:
+    """Begin to execute a notebook into build/analysis/<profile>, with its part of the cores."""
+    executed, headline = where(notebook, profile, values)
+    executed.with_suffix(".failed.ipynb").unlink(missing_ok=True)
     executed.parent.mkdir(parents=True, exist_ok=True)
-    part = executed.with_suffix(".part.ipynb")
-    failed = executed.with_suffix(".failed.ipynb")
-    failed.unlink(missing_ok=True)
+    state = fingerprint(notebook, values)
+    results = os.path.relpath(headline.parent, ROOT)
+    threads = max(1, CORES // jobs)
+    arguments = (notebook, executed.with_suffix(".part.ipynb"), {**values, "results": results}, threads, jobs == 1)
     print(f"{notebook.stem}: running with profile {profile}", flush=True)
-    begun = time.monotonic()
+    process = multiprocessing.Process(target=execute, args=arguments, daemon=True)
+    process.start()
+    return Running(notebook, profile, values, state, time.monotonic(), process)
+
+
+def execute(notebook: Path, part: Path, parameters: dict, threads: int, progress: bool) -> None:
+    """In a process of its own: ends with exit code 1 if a cell failed, and says which."""
+    os.setsid()  # Ctrl-C reaches the runner alone, with which this process ends, and with this process its kernel
+    runner = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (wait([runner.sentinel]), os._exit(1)), daemon=True).start()
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     try:
         papermill.execute_notebook(
-            str(notebook), str(part), {**values, "results": str(results.relative_to(ROOT))},
-            kernel_name="python3", cwd=str(ROOT), progress_bar=True,
+            str(notebook), str(part), parameters, kernel_name="python3", cwd=str(ROOT), progress_bar=progress,
+            extra_arguments=["--log-level=CRITICAL"],  # of the kernel, which else warns of its unencrypted port
         )  # fmt: skip
     except papermill.PapermillExecutionError as error:
-        part.replace(failed)
         print(f"error: cell {error.cell_index} of {notebook.name} failed: {error.ename}: {error.evalue}", file=sys.stderr)
-        print(f"the notebook as it stood: {failed.relative_to(ROOT)}", file=sys.stderr)
-        return False
-    content = json.loads(headline.read_text())
-    content["provenance"] = provenance(profile, values, state, time.monotonic() - begun)
-    write_whole(headline, json.dumps(content, indent=1) + "\n")
-    part.replace(executed)
-    seconds = content["provenance"]["seconds"]
-    print(f"{notebook.stem}: done in {seconds} s" + (f", {expected:.0f} s were estimated" if expected is not None else ""))
-    return True
+        sys.exit(1)
+    except Exception as error:
+        print(f"error: {notebook.name}: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
-def fingerprint_of(headline: Path) -> str | None:
-    """The fingerprint under which a result was measured; None where there is no finished result."""
-    return json.loads(headline.read_text()).get("provenance", {}).get("fingerprint") if headline.exists() else None
+def finish(chapter: Running, jobs: int, expected: float | None = None) -> bool:
+    """Record where the numbers come from and put the executed notebook in its place; False if a cell failed.
+
+    expected: seconds, to compare with.
+    """
+    chapter.process.join()
+    seconds, notebook = time.monotonic() - chapter.begun, chapter.notebook
+    executed, headline = where(notebook, chapter.profile, chapter.values)
+    part = executed.with_suffix(".part.ipynb")
+    if chapter.process.exitcode == 0 and recorded(headline):  # what the last run left
+        print(f"error: {notebook.name} does not close its chapter", file=sys.stderr)
+    elif chapter.process.exitcode == 0:
+        content = json.loads(headline.read_text())
+        state = chapter.state | trained_here(notebook, chapter.values)
+        content["provenance"] = provenance(chapter.profile, chapter.values, state, seconds, jobs)
+        write_whole(headline, json.dumps(content, indent=1) + "\n")
+        part.replace(executed)
+        estimate = f", {expected:.0f} s were estimated" if expected is not None else ""
+        print(f"{notebook.stem}: done in {seconds:.1f} s{estimate}", flush=True)
+        return True
+    if part.exists():
+        failed = part.replace(executed.with_suffix(".failed.ipynb"))
+        print(f"{notebook.stem}: the notebook as it stood: {failed.relative_to(ROOT)}", file=sys.stderr)
+    return False
 
 
-def fingerprint(notebook: Path, values: dict) -> str:
-    """A hash of all that a result depends on: notebook, parameters, library, reported tables, local folders of model and data."""
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
-    pocket = ROOT / "data" / "pocket"
-    files = [notebook, *sorted((ROOT / "dyrate").rglob("*.py")), ROOT / "dyrate" / "study.mplstyle"]
-    files += sorted((ROOT / "data" / "reported").glob("*.csv"))
-    for name in (values.get("model", "pocket"), values.get("source", "pocket"), values.get("lmms_results") or "no folder"):
-        folder = pocket if name == "pocket" else ROOT / str(name)
-        if folder.is_dir():
-            files += [p for p in sorted(folder.rglob("*")) if p.is_file()]
-    own = {ROOT / "analysis", ROOT / "dyrate", pocket}
-    for path in files:  # of large weights and thousands of photographs, size and date: reading them takes minutes
-        digest.update(path.name.encode())
-        about = path.stat()
-        digest.update(path.read_bytes() if own & set(path.parents) else f"{about.st_size} {about.st_mtime_ns}".encode())
-    return digest.hexdigest()
+# -- comparing with a reference --------------------------------------------------------------------------------------------
 
 
-def provenance(profile: str, values: dict, state: str, seconds: float) -> dict:
-    """Where a result comes from: enough to make it again."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "profile": profile, "parameters": values, "commit": git("rev-parse", "HEAD") or None,
-        "uncommitted_changes": bool(git("status", "--porcelain", "--", "dyrate", "analysis", "data/pocket")),
-        "fingerprint": state, "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "device": gpu or f"{platform.machine()} CPU, {os.cpu_count()} cores", "seconds": round(seconds, 1),
-    }  # fmt: skip
+def check_references(plan: Plan, reference: Path) -> None:
+    """Raises FileNotFoundError if a chapter has no results to compare with."""
+    for notebook, _ in plan:
+        if not (reference / f"{notebook.stem}.json").exists():
+            raise FileNotFoundError(f"no reference {os.path.relpath(reference / notebook.stem, ROOT)}.json")
 
 
-def check(profile: str, plan: list[tuple[Path, dict]]) -> int:
-    """Measure into build/check and compare each headline number with the committed reference and its interval."""
-    elsewhere = ROOT / "build" / "check" / profile
-    shutil.rmtree(elsewhere, ignore_errors=True)
+def compare(plan: Plan, profile: str, reference: Path) -> int:
+    """Print each headline number beside the reference and its interval; returns 1 if one lies outside, else 0."""
     differing = 0
     for notebook, values in plan:
-        reference = ROOT / "data" / "results" / profile / f"{notebook.stem}.json"
-        if not reference.exists():
-            print(f"error: no committed reference {reference.relative_to(ROOT)}", file=sys.stderr)
-            return 2
-        if not run(notebook, f"check-{profile}", {**values, "results": str(elsewhere.relative_to(ROOT))}):
-            return 1
-        measured = json.loads((elsewhere / f"{notebook.stem}.json").read_text())["numbers"]
-        for key, expected in json.loads(reference.read_text())["numbers"].items():
-            found = measured.get(key, {}).get("value")
-            low, high = expected.get("low", expected["value"]), expected.get("high", expected["value"])
-            slack = 1e-6 * max(1.0, abs(expected["value"]))
-            agrees = found is not None and low - slack <= found <= high + slack
+        measured = json.loads(where(notebook, profile, values)[1].read_text())["numbers"]
+        for key, expected in json.loads((reference / f"{notebook.stem}.json").read_text())["numbers"].items():
+            value, found = expected["value"], measured.get(key, {}).get("value")
+            low, high = expected.get("low", value), expected.get("high", value)
+            agrees = found is not None and lies_between(found, low, high, 1e-6 * max(1.0, abs(value)))
             differing += not agrees
             shown = "missing" if found is None else f"{found:.4g}"
             verdict = "agrees " if agrees else "DIFFERS"
-            print(f"{verdict} {notebook.stem} {key}: {shown}, reference {expected['value']:.4g} [{low:.4g}, {high:.4g}]")
+            print(f"{verdict} {notebook.stem} {key}: {shown}, reference {value:.4g} [{low:.4g}, {high:.4g}]")
     print(f"{differing} of the headline numbers differ from the reference" if differing else "every headline number agrees")
     return 1 if differing else 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def lies_between(found: float, low: float, high: float, slack: float) -> bool:
+    """Whether a number lies in an interval, ends included; what is not defined (NaN) agrees with what is not."""
+    return (math.isnan(found) and math.isnan(low)) or low - slack <= found <= high + slack

@@ -202,8 +202,9 @@ class _Pruning:
             hidden = take(hidden, index)
         elif self.form == "flash":
             raise ValueError('residency "mask" needs attn_implementation="sdpa" or "eager": flash attention takes no such mask')
-        # without a mask attention is causal, with all fast kernels eligible
-        self.mask = None if self.rows.whole(held) else prefill_mask(self.form, held.alive, hidden)
+        # without a mask the fused kernels are causal, and all of them eligible; eager attention would see everything
+        needed = self.form == "eager" or not self.rows.whole(held)
+        self.mask = prefill_mask(self.form, held.alive, hidden) if needed else None
         return hidden
 
     def _decode(self, stage: int, held: Held, cache) -> None:

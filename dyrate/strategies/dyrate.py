@@ -5,11 +5,17 @@ from __future__ import annotations
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
+from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 
 from dyrate.predictor import RatePredictor
 from dyrate.strategy import Strategy
+
+FILES = ("config.json", "model.safetensors")
+REMEDY = "train one with `python -m dyrate.training`, or name a folder that holds one or a hub repository as owner/name"
 
 
 @dataclass(kw_only=True)
@@ -23,15 +29,22 @@ class DyRate(Strategy):
     compared = False  # needs a predictor of the model's own
 
     @classmethod
-    def from_pretrained(cls, name: str, **hub) -> DyRate:
+    def from_pretrained(cls, name: str | Path, **hub) -> DyRate:
+        """The strategy of a saved predictor: a folder, or "owner/name" on the hub. hub: of `snapshot_download`.
+
+        Raises FileNotFoundError that says where there is none, and how to come by one.
+        """
+        folder = Path(name) if Path(name).is_dir() else _download(str(name), hub)
+        if missing := [file for file in FILES if not (folder / file).is_file()]:
+            raise FileNotFoundError(f"{name} holds no predictor ({' and '.join(missing)} missing): {REMEDY}")
         with redirect_stdout(StringIO()):  # the hub's mixin prints where it loads from
-            return cls.of(RatePredictor.from_pretrained(str(name), **hub).eval())
+            return cls.of(RatePredictor.from_pretrained(str(folder), strict=True).eval())
 
     @classmethod
     def of(cls, predictor: RatePredictor) -> DyRate:
         return cls(predictor=predictor, first_pruned_layer=predictor.first_pruned_layer, residency=predictor.residency)
 
-    def save_pretrained(self, folder: str, **hub) -> None:
+    def save_pretrained(self, folder: str | Path, **hub) -> None:
         self.predictor.save_pretrained(str(folder), **hub)
 
     def push_to_hub(self, name: str, **hub) -> None:
@@ -53,3 +66,13 @@ class DyRate(Strategy):
 
     def selector_macs(self, shape, n_image, n_instruction):
         return self.predictor.linear.weight.numel()
+
+
+def _download(name: str, hub: dict) -> Path:
+    """The local copy of a hub repository's predictor."""
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")) or Path(name).parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {name}: {REMEDY}")
+    try:
+        return Path(snapshot_download(name, allow_patterns=FILES, **hub))
+    except (OSError, HFValidationError) as error:
+        raise FileNotFoundError(f"neither a folder nor the hub has {name} ({type(error).__name__}): {REMEDY}") from error

@@ -83,6 +83,19 @@ def test_a_batch_of_one(family, name, fields):
     compare(out, masked(model, inputs, answers, strategy, IMAGE, examples_for(strategy, n_image_of(inputs))[:1]), trace)
 
 
+@pytest.mark.parametrize(("name", "fields"), CASES, ids=ids_of(CASES))
+def test_eager_attention_prunes_as_fused_attention_does(name, fields):
+    """Rows of one length need no mask in the fused kernels, which are causal by themselves; eager attention is not."""
+    model, inputs = long_images(4)
+    inputs = first_row(inputs)
+    found = []
+    for kind in ("sdpa", "eager"):
+        model.set_attn_implementation(kind)
+        with applied(make(name, fields), model, inputs):
+            found.append(generate(model, inputs))
+    assert all((a - b).abs().max() < 1e-4 for a, b in zip(found[0].logits, found[1].logits, strict=True))
+
+
 def test_the_comparison_can_fail(family):
     """The negative control: the mask of a strategy that keeps others gives other logits."""
     model, inputs = family

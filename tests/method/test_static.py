@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from laws import DECODINGS, first_row, fits, generate, ids_of, long_images, make
 
 import dyrate
 from dyrate.engine import decoder_layers, static, static_steps
 from dyrate.strategy import Strategy
+from laws import DECODINGS, first_row, fits, generate, ids_of, long_images, make
 
 STEPS = 40  # past a bucket's end
 CASES = [(name, {}) for name in ("Full", "FastV", "FastVRerank", "PyramidDrop", "VisionZip", "DyRate")]

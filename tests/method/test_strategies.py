@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from by_hand import HEADS, kept, seen, tower
 
 import dyrate
+from by_hand import HEADS, kept, seen, tower
 from dyrate.attention import LayerAttention
 from dyrate.seen import choose, kept_count
 from dyrate.strategies.controls import evenly

@@ -9,6 +9,7 @@ from transformers import AttentionInterface
 
 import dyrate
 from dyrate.segments import PADDING, SEGMENTS, find_segments, segment_shares, system_ids
+from study.examples import examples
 
 STEPS = 5
 
@@ -28,7 +29,7 @@ def eager_rows(model, inputs):
 
 def observed_rows(model, inputs, layers=None, **generate):
     seen = []
-    with dyrate.observe(model, lambda layer, look: seen.append((layer, look.newest)), layers):
+    with dyrate.observe(model, lambda layer, attention: seen.append((layer, attention.newest)), layers):
         tokens = model.generate(**inputs, **({"max_new_tokens": STEPS, "do_sample": False} | generate))
     return tokens, seen
 
@@ -56,7 +57,7 @@ def test_the_comparison_can_fail(family):
 def test_observing_changes_no_token_and_no_logit(family):
     model, inputs = family
     plain = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    with dyrate.observe(model, lambda layer, look: look.newest):
+    with dyrate.observe(model, lambda layer, attention: attention.newest):
         seen = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True)
     assert torch.equal(plain.sequences, seen.sequences)
     assert all(torch.equal(a, b) for a, b in zip(plain.logits, seen.logits, strict=True))
@@ -93,7 +94,7 @@ def test_leaves_the_model_as_found(family):
     observed_rows(model, inputs)
     assert snapshot(model) == before
 
-    def fails(layer, look):
+    def fails(layer, attention):
         raise RuntimeError("stop in the middle")
 
     with pytest.raises(RuntimeError, match="in the middle"), dyrate.observe(model, fails):
@@ -111,7 +112,7 @@ def test_observing_twice_is_an_error(family):
 
 def test_pocket_record_equals_eager():
     model, processor = dyrate.load("pocket")
-    batch, images = next(study.examples.examples("pocket", 2, tasks=["description", "qa_colour"]).batches(4))
+    batch, images = next(examples("pocket", 2, tasks=["description", "qa_colour"]).batches(4))
     prompts = [e.prompt for e in batch]
     recordings = dyrate.record(model, processor, images, prompts, max_new_tokens=STEPS, image_rows=True)
     inputs = dyrate.encode(processor, images, prompts)
@@ -129,7 +130,7 @@ def test_pocket_record_equals_eager():
 
 def test_record_refuses_beams():
     model, processor = dyrate.load("pocket")
-    batch, images = next(study.examples.examples("pocket", 1).batches(1))
+    batch, images = next(examples("pocket", 1).batches(1))
     with pytest.raises(ValueError, match="num_beams=1"):
         dyrate.record(model, processor, images, [batch[0].prompt], num_beams=2)
 

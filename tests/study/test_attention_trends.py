@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dyrate import fading
 from dyrate.recording import Recording
+from study.chapters import attention
 from study.pocket.scenes import Group, Scene
 
 
@@ -21,10 +21,10 @@ def recording(image, response, n=30, layers=4, heads=2, image_tokens=144):
 
 
 def test_measures_by_hand():
-    found = fading.measures(recording(lambda t: 0.4, lambda t: 0.2))
-    assert np.allclose(found["raw"], 0.4)
-    assert np.allclose(found["undiluted"], 0.5)
-    assert np.allclose(found["per_token"][6], 0.4 * 170 / 144)
+    measured = attention.measures(recording(lambda t: 0.4, lambda t: 0.2))
+    assert np.allclose(measured["raw"], 0.4)
+    assert np.allclose(measured["undiluted"], 0.5)
+    assert np.allclose(measured["per_token"][6], 0.4 * 170 / 144)
 
 
 def dilution(t):
@@ -39,31 +39,31 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_verdict_tells_fading_from_dilution(case):
-    image, response, said = CASES[case]
+def test_the_finding_distinguishes_fading_from_dilution(case):
+    image, response, finding = CASES[case]
     rng = np.random.default_rng(0)
     recordings = [recording(lambda t, k=k: image(t) + k, response) for k in rng.normal(0, 0.003, 12)]
-    assert said in fading.verdict(fading.trends(recordings))
+    assert finding in attention.finding(attention.trends(recordings))
 
 
 def test_trends_by_hand():
-    trends = fading.trends([recording(lambda t: 0.6 if t <= 10 else 0.3, lambda t: 0.0, n=31)])
+    trends = attention.trends([recording(lambda t: 0.6 if t <= 10 else 0.3, lambda t: 0.0, n=31)])
     assert np.allclose(trends[trends.measure == "raw"].value, -0.5)
     assert set(trends.depth) == {"shallow", "deep"}
-    layers = fading.layer_trends([recording(lambda t: 0.6 if t <= 10 else 0.3, lambda t: 0.0, n=31)])
-    assert len(layers) == 4 * len(fading.MEASURES)
+    layers = attention.layer_trends([recording(lambda t: 0.6 if t <= 10 else 0.3, lambda t: 0.0, n=31)])
+    assert len(layers) == 4 * len(attention.MEASURES)
 
 
-def test_short_answers_are_said_to_be_short():
-    assert "too short" in fading.verdict(fading.trends([recording(lambda t: 0.5, lambda t: 0.1, n=4)]))
+def test_short_answers_are_reported_as_short():
+    assert "too short" in attention.finding(attention.trends([recording(lambda t: 0.5, lambda t: 0.1, n=4)]))
 
 
-def test_clock():
-    straight = fading.clock([recording(lambda t: 0.6 - 0.01 * t, lambda t: 0.1) for _ in range(4)])
+def test_variance_explained_by_the_step():
+    straight = attention.explained_by_step([recording(lambda t: 0.6 - 0.01 * t, lambda t: 0.1) for _ in range(4)])
     assert straight["raw"]["value"] > 0.999
     rng = np.random.default_rng(1)
     noise = [recording(lambda t, x=x: x[t], lambda t: 0.1) for x in rng.uniform(0.2, 0.6, (20, 40))]
-    assert fading.clock(noise)["raw"]["value"] < 0.05
+    assert attention.explained_by_step(noise)["raw"]["value"] < 0.05
 
 
 def test_focus_by_hand():
@@ -72,25 +72,25 @@ def test_focus_by_hand():
     cover = np.zeros((2, 12, 12), bool)
     cover[0, :2, :2] = True
     cover[1, 10:, 10:] = True
-    found = recording(lambda t: 0.5, lambda t: 0.1, n=4)
-    found.tokens = ["A", "red", "cat", "</s>"]
-    found.image = np.zeros((4, 4, 144))
-    found.image[:, :, cover[0].ravel()] = 0.125
-    density = fading.focus([found], [scene], [cover]).set_index(["layer", "patches"]).value
+    one = recording(lambda t: 0.5, lambda t: 0.1, n=4)
+    one.tokens = ["A", "red", "cat", "</s>"]
+    one.image = np.zeros((4, 4, 144))
+    one.image[:, :, cover[0].ravel()] = 0.125
+    density = attention.focus([one], [scene], [cover]).set_index(["layer", "patches"]).value
     assert np.allclose(density.xs("named object", level="patches"), 144 / 4)
     assert np.allclose(density.xs("other objects", level="patches"), 0)
     assert np.allclose(density.xs("no object", level="patches"), 0)
 
 
-def test_word_kinds():
-    kinds = [fading.word_kind(w, True) for w in "Two red snowmen are at the top left .".split()]
+def test_token_kinds():
+    kinds = [attention.token_kind(w, True) for w in "Two red snowmen are at the top left .".split()]
     assert kinds == ["count", "colour", "object", "other", "other", "other", "place", "place", "other"]
-    assert [fading.word_kind(w, False) for w in ("the", "dog", ".")] == ["function", "content", "function"]
+    assert [attention.token_kind(w, False) for w in ("the", "dog", ".")] == ["function", "content", "function"]
 
 
 def test_curves_stop_where_few_answers_go_on():
     recordings = [recording(lambda t: 0.5, lambda t: 0.1, n=n) for n in (5, 5, 5, 5, 5, 5, 5, 20)]
-    curves = fading.curves(recordings)
+    curves = attention.curves(recordings)
     assert isinstance(curves, pd.DataFrame)
     assert curves.step.max() == 4
     assert np.allclose(curves[curves.what == "raw"].value, 0.5)

@@ -1,20 +1,22 @@
 """The bench at sizes of seconds: its names, its arithmetic against hand-made numbers, its ledger against tensors counted."""
 
 import json
+import re
 
 import pandas as pd
 import pytest
 import torch
-from live_bytes import LiveBytes
 
 import dyrate
-from dyrate import forcing, training
-from study.bench import runs, shown, table3
-from study.bench.__main__ import main
-from study.bench.roofline import Machine
+from dyrate import teacher_forcing
 from dyrate.cost import LLAVA_7B, LLAVA_13B, read_bytes
-from study.memory import parameters, to_answer, to_train
 from dyrate.predictor import RatePredictor, gumbel_one_hot
+from live_bytes import LiveBytes
+from study.bench import results, runs, table3
+from study.bench.__main__ import main
+from study.bench.machine import Machine, probe
+from study.chapters import efficiency
+from study.memory import parameters, to_answer, to_train
 
 SMALL = runs.small_shape(4, 64, 4, 8)
 GRID = table3.Grid(budgets=(0.33,), batches=(1,), images=(1,), lengths=(4, 12), repeats=1)
@@ -37,9 +39,9 @@ def test_the_small_bench_writes_one_set_of_names(tmp_path):
 
 
 @pytest.mark.parametrize("budget", [0.25, 0.33, 0.5, 0.75])
-def test_a_forced_rate_is_met_while_tokens_leave_step_by_step(small, budget):
+def test_a_forced_rate_is_met_while_tokens_are_dropped_step_by_step(small, budget):
     found = runs.timed(small, 2, 64, runs.forced(SMALL, budget, 64), deciding=True)
-    assert abs(found.kept - budget) < 0.02
+    assert abs(found.retention - budget) < 0.02
     assert len(found.deciding) == len(found.steps) == 63
     assert (found.deciding < found.steps).all()
     whole = runs.timed(small, 2, 64)
@@ -78,20 +80,20 @@ def test_the_table_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     assert content["rows"].keys() == {case.key for case in table3.cases(SMALL, GRID)}
     assert {key: content["rows"][key] for key in first} == first
     assert set(content["results"]) == {"prefill_realised_r50", "prefill_realised_r90", "deciding_share"}  # no batch of 64
-    rows = found["rows"]["DyRate 0.33, batch 1, images 1, static"]
+    rows = found["rows"]["DyRate K=2 retention 0.33, batch 1, images 1, static"]
     assert [row["new_tokens"] for row in rows] == [4, 12]
-    assert abs(rows[1]["kept"] - 0.33) < 0.04
+    assert abs(rows[1]["retention"] - rows[1]["budget"]) < 0.04
     assert all(row["roofline_ms_per_token"] < row["ms_per_token"] for rows in found["rows"].values() for row in rows)
     table3.show(found)
     with pytest.raises(ValueError, match="with other sizes"):
         table3.table3("small", runs.small_shape(2, 64, 4, 8), GRID, out)
-    monkeypatch.setattr(table3, "device_name", lambda: "another")
+    monkeypatch.setattr(table3, "name_of_device", lambda: "another")
     with pytest.raises(ValueError, match="measured elsewhere"):
         table3.table3("small", SMALL, GRID, out)
 
 
 def test_what_does_not_fit_is_a_row_that_says_so(small, monkeypatch):
-    full, machine = table3.cases(SMALL, GRID)[0], Machine(1e9, 1e9)
+    full, machine = table3.cases(SMALL, GRID)[0], Machine("any", 1e9, 1e9, 0.0)
     (row, _) = table3.measure(small, SMALL, machine, full, GRID, memory=10**6)
     assert row["status"] == "needs 0 GB of 0"
 
@@ -101,35 +103,36 @@ def test_what_does_not_fit_is_a_row_that_says_so(small, monkeypatch):
     monkeypatch.setattr(table3, "timed", no_room)
     (row, _) = table3.measure(small, SMALL, machine, full, GRID, memory=10**12)
     assert row["status"] == "out of memory"
-    assert not table3.headlines({full.key: [row]})
+    assert not table3.headlines([row])
 
 
 def test_the_chapter_shows_gpus_and_says_where_there_is_none(tmp_path):
     reported = pd.read_csv("data/reported/table3_efficiency.csv")
-    assert shown.gpu_files(tmp_path) == []
-    assert shown.gpu_sentence([]).startswith("**Not measured")
-    assert set(shown.gpu_verdicts([]).verdict) == {"not measured"}
-    assert len(shown.beside_reported(reported, []).columns) == len(reported.columns) - 1
+    assert efficiency.gpu_files(tmp_path) == []
+    assert efficiency.gpu_sentence([]).startswith("**Not measured")
+    assert set(efficiency.gpu_verdicts([]).verdict) == {"not measured"}
+    assert len(efficiency.beside_reported(reported, []).columns) == len(reported.columns) - 1
     row = {
-        "method": "Full", "batch": 1, "images": 1, "new_tokens": 64, "static": True, "prefill_ms": 50.0, "ms_per_token": 4.0,
-        "roofline_prefill_ms": 40.0, "roofline_ms_per_token": 3.0, "tokens_per_s": 200.0, "peak_gib": 15.0,
-        "status": "measured",
+        "method": "Full", "first_pruned_layer": 0, "budget": 1.0, "batch": 1, "images": 1, "new_tokens": 64, "static": True,
+        "prefill_ms": 50.0, "ms_per_token": 4.0, "roofline_prefill_ms": 40.0, "roofline_ms_per_token": 3.0,
+        "tokens_per_s": 200.0, "peak_gib": 15.0, "status": "measured",
     }  # fmt: skip
-    rows = {"Full, batch 1, images 1, static": [row]}
+    fastv = row | {"method": "FastV", "first_pruned_layer": 2, "budget": 0.5, "prefill_ms": 29.0, "ms_per_token": 5.0}
+    rows = {"one": [fastv | {"new_tokens": 256, "prefill_ms": 30.0}, fastv], "two": [row], "three": [row | {"static": False}]}
     shape = {"rows": rows, "results": {"deciding_share": {"value": 0.05}, "prefill_realised_r50": {"value": 0.95}}}
     about = {"device": "A GPU", "torch": "2.13"}
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "bench.json").write_text(json.dumps({"about": about, "shapes": {"llava-1.5-7b": shape}}))
-    files = shown.gpu_files(tmp_path)
-    found = shown.gpu_verdicts(files)
+    files = efficiency.gpu_files(tmp_path)
+    found = efficiency.gpu_verdicts(files)
     assert found[found.model == "llava-1.5-7b"].set_index("what").verdict.to_dict() == {
         "prefill, R = .5": "met", "prefill, R = .9": "not measured", "decode, batch 64, R = .9": "not measured",
         "deciding / decode step (time)": "missed",
     }  # fmt: skip
-    table = shown.beside_reported(reported, files)
-    assert table["A GPU prefill ms, measured"][0] == 50
-    assert table["A GPU ms a token, measured"][1:].isna().all()
-    assert shown.gpu_rows(files).loc[0, "ms a token"] == 4
+    table = efficiency.beside_reported(reported, files)
+    assert table["A GPU prefill ms, measured"].dropna().to_dict() == {0: 50, 2: 29}  # static, the shortest answer, the same K
+    assert table["A GPU ms a token, measured"].dropna().to_dict() == {0: 4, 2: 5}
+    assert efficiency.gpu_table(files)["ms a token"].tolist() == [5, 5, 4, 4]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -143,19 +146,44 @@ def test_a_real_shape_without_a_gpu_is_refused_at_once(name, gigabytes, capsys):
 def test_a_real_shape_made_tiny_runs_anywhere(monkeypatch, capsys):
     monkeypatch.setattr("study.bench.__main__.QUICK", table3.Grid((), (1,), (1,), (2,), 1))
     main(["prune", "--shape", "llava-1.5-13b", "--quick", "--layers", "2", "--width", "32", "--heads", "2", "--side", "2"])
-    told = capsys.readouterr().out
-    assert all(f"{method}, batch 1, images 1, {way}" in told
-               for method in ("Full", "VTW K=1", "native 0.5") for way in ("eager", "static"))  # fmt: skip
-    assert "decode_b64_r90_realised     not measured" in told
+    printed = capsys.readouterr().out
+    assert all(f"{method}, batch 1, images 1, {way}" in printed
+               for method in ("Full K=0 retention 1", "VTW K=1 retention 0", "native K=0 retention 0.5")
+               for way in ("eager", "static"))  # fmt: skip
+    assert re.search(r"decode_b64_r90_realised +bar 0.75: not measured", printed)
 
 
 def test_roofline_and_saving_by_hand():
-    machine = Machine(bandwidth=100.0, rate=10.0)
-    assert machine.seconds(200, 5) == 2
-    assert machine.seconds(200, 50) == 5
-    tokens = [600] * LLAVA_7B.layers
-    assert Machine(1e12, 1e30).step(LLAVA_7B, tokens, 4, 2) == read_bytes(LLAVA_7B, tokens, 2, 4) / 1e12
-    assert runs.realised([10.0] * 3, [6.0] * 3, [5.0] * 3)["value"] == pytest.approx(0.8)
+    machine = Machine("any", macs_per_second=10.0, bytes_per_second=100.0, seconds_per_layer=0.0)
+    assert machine.seconds(macs=5, n_bytes=200) == 2
+    assert machine.seconds(macs=50, n_bytes=200) == 5
+    tokens, fast = [600] * LLAVA_7B.layers, Machine("any", 1e30, 1e12, 0.0)
+    assert fast.step_seconds(LLAVA_7B, tokens, 4) == read_bytes(LLAVA_7B, tokens, 2, 4) / 1e12
+    assert results.realised([10.0] * 3, [6.0] * 3, [5.0] * 3)["value"] == pytest.approx(0.8)
+    assert results.ratio([10.0] * 3, [5.0] * 3) == {"value": 2, "low": 2, "high": 2, "n": 3}
+
+
+def test_a_bar_is_met_from_its_own_side():
+    measured = {"deciding_share": {"value": 0.05}, "prefill_realised_r50": {"value": 0.95}}
+    assert results.verdict(measured, "deciding_share", 0.03) == "missed"
+    assert results.verdict(measured, "deciding_share", 0.05) == "met"
+    assert results.verdict(measured, "prefill_realised_r50", 0.9) == "met"
+    assert results.verdict(measured, "prefill_realised_r90", 0.9) == "not measured"
+
+
+def test_a_probe_measures_this_machine():
+    found = probe()
+    assert min(found.macs_per_second, found.bytes_per_second) > 1e8
+    assert 0 < found.seconds_per_layer < 1
+    assert found.itemsize == (2 if torch.cuda.is_available() else 4)
+
+
+def test_observing_prints_every_mode(monkeypatch, capsys):
+    monkeypatch.setattr("study.bench.observing._in_own_process", lambda run, *given: run(*given))
+    main(["observe", "--layers", "3", "--width", "64", "--side", "12", "--heads", "4", "--new-tokens", "6", "--repeats", "1"])
+    *_, plain, observed, eager = capsys.readouterr().out.splitlines()
+    assert (plain.split()[0], observed.split()[0], eager.split()[0]) == ("plain", "observed", "eager")
+    assert float(plain.split()[2]) == 1
 
 
 @pytest.mark.parametrize("shape", [SMALL, LLAVA_7B, LLAVA_13B])
@@ -182,13 +210,13 @@ def test_memory_of_training(checkpointing, side, answer):
     model, predictor = runs.build(shape), RatePredictor(8, 6, "llava")
     ids = torch.tensor([[*runs.BEFORE, *[runs.IMAGE] * side**2, *runs.AFTER]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.zeros(1, 3, 14 * side, 14 * side)}
-    prepared = forcing.prepare_tokens(model, inputs, [[7] * answer], predictor)
+    prepared = teacher_forcing.prepare_tokens(model, predictor, inputs, [[7] * answer])
     predictor.start_at(0.33, prepared.features.flatten(0, 1))
-    with training.frozen(model), LiveBytes() as counted:
+    with teacher_forcing.frozen(model), LiveBytes() as counted:
         choice = gumbel_one_hot(predictor(prepared.features), torch.zeros(1, answer, 32), 1.0)
-        masks = forcing.masks_over_steps(choice, prepared, predictor.rates, "evict")
-        words = forcing.pruned_logits(model, predictor, prepared, masks, checkpointing)
-        torch.nn.functional.cross_entropy(words[0].float(), prepared.labels[0]).backward()
+        masks = teacher_forcing.masks_over_steps(choice, prepared, "evict")
+        logits = teacher_forcing.masked_logits(model, predictor, prepared, masks, checkpointing)
+        torch.nn.functional.cross_entropy(logits[0].float(), prepared.labels[0]).backward()
     found = to_train(shape, side**2, runs.TEXT, answer, itemsize=4, checkpointing=checkpointing)
     assert counted.peak == pytest.approx(found["activations"] + found["masks"] + found["logits"], rel=0.15)
     held = [prepared.hidden, *prepared.rotary, prepared.score, prepared.features]

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+
+import dyrate
 from by_hand import HEADS, kept, seen
 from study import controls
 from study.controls import Oracle, ShuffledRates, TaskConstant
 from study.examples import examples
-
-import dyrate
 
 ONE = [dyrate.Example("a", "caption", "", ())]
 

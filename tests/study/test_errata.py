@@ -7,22 +7,20 @@ import pandas as pd
 import pytest
 
 import dyrate
-from dyrate import errata
 from dyrate.cost import LLAVA_7B, LLAVA_13B
-from study.protocol import REPORTED, measured, reported, told_of, uncovered
 from study.book import Chapter
+from study.chapters import errata
+from study.examples import examples as study_examples
+from study.protocol import REPORTED, figures_of, protocol_of, protocol_rows, reported
 
 SCORE = [0.9, 0.1, 0.4, 0.3, 0.8, 0.2, 0.6, 0.5]
+SETTINGS = {"resolution", "K", "R"}  # numbers of a table that tell what was run, not what came out
 
 
 @pytest.fixture
 def tables():
     """The reported tables by short names, fresh for each test."""
-    files = {
-        "table1": "table1_short_generation", "table2": "table2_caption_cider", "table3": "table3_efficiency",
-        "table4a": "table4a_decoding", "table4b": "table4b_pruning_strategy", "others": "other_reports", "claims": "claims",
-    }  # fmt: skip
-    return {short: reported(name) for short, name in files.items()}
+    return errata.read_tables()
 
 
 def put(frame, column, value, **where):
@@ -38,7 +36,7 @@ def test_eq3_as_printed_keeps_what_it_should_drop():
     assert not errata.eq3(SCORE, 4, as_described).holds
 
 
-def test_eq6_with_the_querys_index_hides_nothing_from_others():
+def test_eq6_with_the_querys_index_drops_nothing_for_others():
     assert errata.dropped_attention("i") == pytest.approx(1 / 5)
     assert errata.dropped_attention("j") == pytest.approx(0, abs=1e-12)
     assert errata.eq6().holds
@@ -96,7 +94,7 @@ def test_a_third_is_left_and_half_of_the_tokens_leave_more(tables):
     assert found.holds
     assert "66.67" in found.evidence
     for k in (2, 3):
-        share = errata.kept_needed(33.33, k, 56)
+        share = errata.retention_needed(33.33, k, 56)
         assert errata.macs_left(LLAVA_7B, 56, k, share) == pytest.approx(33.33, abs=0.05)
         assert share < 0.26
     put(tables["table3"], "tflops_percent", 66.67, method="DyRate")
@@ -130,6 +128,16 @@ def test_text_against_tables(tables):
     assert errata.wins(tables["table2"]) == (4, 6)
 
 
+def uncovered(name, protocols):
+    """What is wrong with a reported table's protocols: figures with none, or with several."""
+    frame = reported(name)
+    covered = [cell for line in protocols[protocols.file == name].itertuples() for cell in figures_of(line, frame)]
+    columns = [c for c in frame.select_dtypes("number").columns if c not in SETTINGS]
+    figures = [(row, column) for column in columns for row in frame.index if pd.notna(frame.loc[row, column])]
+    counts = {cell: covered.count(cell) for cell in figures}
+    return [f"{name}: {n} protocols for {column} of row {row}" for (row, column), n in counts.items() if n != 1]
+
+
 def test_every_reported_figure_has_one_protocol():
     protocols = reported("protocols")
     names = {path.stem for path in REPORTED.glob("*.csv")} - {"protocols"}
@@ -141,13 +149,13 @@ def test_every_reported_figure_has_one_protocol():
     assert any("coco2017_cider" in problem for problem in uncovered("table2_caption_cider", missing))
     twice = pd.concat([protocols, protocols])
     assert uncovered("table4a_decoding", twice)
-    ocr = told_of("table1_short_generation", "textvqa_em", "ocr")
+    ocr = protocol_of("table1_short_generation", "textvqa_em", "ocr")
     assert ocr[reported("table1_short_generation").model == "DyRate"].tolist() == ["no"]
 
 
 def test_a_chapter_carries_its_protocol(tmp_path):
-    examples = study.examples.examples("pocket", 3, tasks=["caption", "qa_count"], split="validation")
-    asked, counted = measured(examples, decoding="greedy, at most 5 tokens")
+    examples = study_examples("pocket", 3, tasks=["caption", "qa_count"], split="validation")
+    asked, counted = protocol_rows(examples, decoding="greedy, at most 5 tokens")
     assert asked["prompt"] == "“Provide a one-sentence caption for the provided image.”"
     assert [asked[k] for k in ("source", "split", "n", "ocr")] == ["pocket", "validation", 3, "no"]
     assert asked["metric"].startswith("CIDEr (pycocoevalcap 1.") and counted["metric"] == "exact match (share)"
@@ -160,4 +168,4 @@ def test_a_chapter_carries_its_protocol(tmp_path):
     chapter.close()
     assert json.loads((tmp_path / "99_test.json").read_text())["protocol"] == [asked, counted]
     read_aloud = [dyrate.Example("a", "caption", "What does it say? Reference OCR tokens: STOP", ("stop",))]
-    assert measured(dyrate.Examples(read_aloud, "signs"), decoding="none")[0]["ocr"] == "yes"
+    assert protocol_rows(dyrate.Examples(read_aloud, "signs"), decoding="none")[0]["ocr"] == "yes"

@@ -10,7 +10,10 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
 import dyrate
-from study.intervals import bootstrap, cider, tokenize_captions
+from study import hub_sets
+from study.caption_metrics import cider, tokenize_captions
+from study.examples import examples
+from study.intervals import bootstrap
 
 
 def test_loads_the_pocket_model():
@@ -18,7 +21,7 @@ def test_loads_the_pocket_model():
     assert model.config.model_type == "llava"
     assert model.dtype == torch.float32 or torch.cuda.is_available()
     assert not model.training
-    batch, images = next(study.examples.examples("pocket", 2).batches(2))
+    batch, images = next(examples("pocket", 2).batches(2))
     inputs = dyrate.encode(processor, images, [e.prompt for e in batch])
     assert (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist() == [144, 144]
 
@@ -34,7 +37,7 @@ def test_pocket_loads_without_our_code():
 
 def test_padding_does_not_change_an_answer():
     model, processor = dyrate.load("pocket")
-    batch, images = next(study.examples.examples("pocket", 3, tasks=["caption", "qa_place"]).batches(6))
+    batch, images = next(examples("pocket", 3, tasks=["caption", "qa_place"]).batches(6))
     together = dyrate.record(model, processor, images, [e.prompt for e in batch], max_new_tokens=12)
     for example, image, found in zip(batch, images, together, strict=True):
         alone = dyrate.record(model, processor, [image], [example.prompt], max_new_tokens=12)[0]
@@ -104,29 +107,27 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_caption_files(photographs, form):
     FORMS[form](photographs)
-    found = study.examples.examples(photographs)
+    found = examples(photographs)
     assert [e.name for e in found] == ["photo0.jpg", "photo1.jpg", "photo2.jpg"]
     assert all(len(e.references) == 2 for e in found)
     assert not found.problems
-    assert len(study.examples.examples(photographs, 2, seed=1)) == 2
+    assert len(examples(photographs, 2, seed=1)) == 2
 
 
 def test_official_splits_are_kept(photographs):
     karpathy(photographs, ("train", "val", "test"))
     for split, name in (("train", "photo0.jpg"), ("validation", "photo1.jpg"), ("test", "photo2.jpg"), (None, "photo2.jpg")):
-        found = study.examples.examples(photographs, split=split)
+        found = examples(photographs, split=split)
         assert [e.name for e in found] == [name] and not found.problems
     karpathy(photographs, ("train", "val", "minival"))
     with pytest.raises(ValueError, match=r"photo2.jpg is in a split 'minival'"):
-        study.examples.examples(photographs)
+        examples(photographs)
 
 
 @pytest.fixture
 def hub(photographs, monkeypatch):
-    """Stands in for the hub: nocaps' columns in its validation file, and where it was asked for."""
+    """Stands in for the hub: nocaps' columns in its validation file, and where it was requested for."""
     datasets = pytest.importorskip("datasets", reason='hub data sets need `pip install "dyrate[hub]"`')
-    from dyrate.datasets import hub_sets
-
     rows = {
         "image": [str(photographs / f"photo{i}.jpg") for i in range(3)], "image_id": [4, 8, 6],
         "annotations_captions": [["one", "two"], ["three"], []],
@@ -134,26 +135,26 @@ def hub(photographs, monkeypatch):
     data = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     (photographs / "data").mkdir()
     data.to_parquet(photographs / "data" / "validation-00000-of-00001.parquet")
-    asked = {}
+    requested = {}
 
     def download(name, **how):
-        asked.update(how, name=name)
+        requested.update(how, name=name)
         return str(photographs)
 
     monkeypatch.setattr(hub_sets, "snapshot_download", download)
-    return asked
+    return requested
 
 
 def test_a_hub_set_is_read_and_pinned(hub):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = study.examples.examples("nocaps")
+        found = examples("nocaps")
     assert hub["name"] == "lmms-lab/NoCaps" and len(hub["revision"]) == 40 and hub["allow_patterns"] == "data/validation-*"
     assert [(e.name, e.references) for e in found] == [("nocaps-4", ("one", "two")), ("nocaps-8", ("three",))]
     assert found.problems == ["nocaps: nocaps-6 has no caption"]
     assert found[1].image().size == (130, 120) and found[1].image().mode == "RGB"
     with pytest.raises(FileNotFoundError, match=r"lmms-lab/flickr30k at \w{40} has no file data/test-\*"):
-        study.examples.examples("flickr30k")
+        examples("flickr30k")
 
 
 def test_hub_errors_name_the_remedy():
@@ -174,7 +175,7 @@ def test_hub_errors_name_the_remedy():
 def test_without_the_package_a_hub_set_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(ImportError, match=r'pip install "dyrate\[hub\]"'):
-        study.examples.examples("coco2017")
+        examples("coco2017")
 
 
 def test_a_broken_image_is_reported_and_counted(photographs):
@@ -183,7 +184,7 @@ def test_a_broken_image_is_reported_and_counted(photographs):
     path.write_bytes(path.read_bytes()[:400])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = study.examples.examples(photographs)
+        found = examples(photographs)
         seen = [e.name for batch, _ in found.batches(2) for e in batch]
         list(found.batches(2))  # a second pass reports nothing twice
     assert seen == ["photo0.jpg", "photo2.jpg"]
@@ -194,28 +195,28 @@ def test_a_broken_image_is_reported_and_counted(photographs):
 
 def test_folder_errors(photographs, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        study.examples.examples(tmp_path / "nowhere")
+        examples(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no image"):
-        study.examples.examples(tmp_path / "empty")
+        examples(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="holds no caption file"):
-        study.examples.examples(photographs)
+        examples(photographs)
     (photographs / "captions.txt").write_text("picture,words\nphoto0.jpg,a\n")
     with pytest.raises(ValueError, match=r"captions.txt has the columns \['picture', 'words'\]"):
-        study.examples.examples(photographs)
+        examples(photographs)
     (photographs / "captions.txt").unlink()
     (photographs / "captions.json").write_text("{")
     with pytest.raises(ValueError, match=r"captions.json is not valid JSON"):
-        study.examples.examples(photographs)
+        examples(photographs)
     coco(photographs, key="text")
     with pytest.raises(ValueError, match=r"captions.json: an entry lacks.*caption"):
-        study.examples.examples(photographs)
+        examples(photographs)
     coco(photographs, ("a.jpg",))
     with warnings.catch_warnings(), pytest.raises(ValueError, match="none of its 1 captioned images"):
         warnings.simplefilter("ignore")
-        study.examples.examples(photographs)
+        examples(photographs)
     with pytest.raises(ValueError, match="unknown pocket task"):
-        study.examples.examples("pocket", 1, tasks=["poem"])
+        examples("pocket", 1, tasks=["poem"])
 
 
 def test_ptb_tokens_and_cider():

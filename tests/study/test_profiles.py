@@ -1,5 +1,5 @@
-"""The profiles of the paper's scale, on a tiny random LLaVA saved in the real format: they run, alone and shared, and tell
-before what would stop them.
+"""The profiles of the paper's scale, on a tiny random LLaVA saved in the real format: they run, alone and shared, and what
+would stop them is reported before they begin.
 """
 
 import json
@@ -14,19 +14,15 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
+
+from dyrate.cost import LLAVA_7B, LLAVA_13B
+from study import hardware, planning, runner
+from study.profiles import NOTEBOOKS, ROOT, defaults, read_plan, read_profile
 from tiny_llava import WORDS, save_tiny_llava
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "analysis"))
-import hardware  # noqa: E402
-import run as runner  # noqa: E402
-
-from dyrate import estimate  # noqa: E402
-from dyrate.cost import LLAVA_7B, LLAVA_13B  # noqa: E402
 
 SMALL = {
     "n": 4, "n_train": 6, "n_validation": 2, "n_test": 3, "steps": 6, "batch": 2, "batch_size": 4, "max_new_tokens": 12,
-    "budgets": [0.33, 0.75], "others": {"budget .75": "evict-0.75"}, "shares": [0.5], "n_rates": 4,
+    "budgets": [0.33, 0.75], "others": {"budget .75": "evict-0.75"}, "retentions": [0.5], "n_rates": 4,
 }  # fmt: skip
 
 
@@ -47,14 +43,14 @@ def photographs(tmp_path_factory):
 
 def small(profile: str, model: Path, photographs: Path, results: str, predictors: str) -> dict:
     """A committed profile with its model, data and sizes replaced, and nothing else."""
-    _, sections = runner.read_profile(profile)
+    _, sections = read_profile(profile)
     old = sections["02_predictor"]["predictors"]
     there = json.loads(json.dumps(sections).replace(old, predictors))
     there["04_ablations"]["trained"] = f"{predictors}-of-ablations"
     for line in there["04_ablations"]["ablations"]:
         line |= {"train": line["train"] | {"steps": 4, "batch": 2}} if "train" in line else {}
-    for notebook in runner.NOTEBOOKS:
-        values, known = there[notebook.stem], runner.papermill.inspect_notebook(str(notebook))
+    for notebook in NOTEBOOKS:
+        values, known = there[notebook.stem], defaults(notebook)
         values |= {key: value for key, value in SMALL.items() if key in known}
         values |= {"results": results}
         values |= {"model": str(model), "source": str(photographs)} if "model" in known else {}
@@ -67,11 +63,9 @@ def sections(photographs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     model = save_tiny_llava(folder / "model")
     found = small("llava-7b", model, photographs, "build/results/tiny", str(folder / "predictors"))
-    for values in found.values():
-        if "n_validation" in values or "n" in values:
-            values["store"] = str(folder / "answers")
-    for name in ("01_attention", "02_predictor", "06_masks"):
-        found[name].pop("store", None)
+    for notebook in NOTEBOOKS:
+        if "store" in defaults(notebook):
+            found[notebook.stem]["store"] = str(folder / "answers" / notebook.stem)
     return found
 
 
@@ -95,29 +89,33 @@ def whole(sections, tmp_path_factory):
 
 
 def test_every_notebook_runs_on_a_tiny_llava(whole):
-    for notebook in runner.NOTEBOOKS:
+    for notebook in NOTEBOOKS:
         content = json.loads((ROOT / "build" / "results" / "tiny" / f"{notebook.stem}.json").read_text())
         assert content["numbers"] and content["provenance"]["seconds"] > 0
 
 
 def test_the_estimate_counts_what_is_done(whole, sections):
-    """Answers by the ledger against answers stored."""
+    """Answers by the ledger against answers stored, chapter by chapter."""
     assert "measured: " in whole and "07_dynamics: about 1 min" in whole and "s were estimated" in whole
-    stored = 0
-    for path in Path(sections["03_comparison"]["store"]).glob("*/part-*.jsonl"):
-        stored += path.read_text().count("\n")
-    counted = 0
     for name in ("03_comparison", "04_ablations", "07_dynamics"):
-        (notebook,) = (n for n in runner.NOTEBOOKS if n.stem == name)
-        values = {**runner.defaults(notebook), **sections[name]}
-        lines = [{k: v for k, v in line.items() if k != "generate"} for line in values.get("ablations", [])]  # beams: no answers
-        values["ablations"] = [{"strategy": "Full"} if "train" in line else line for line in lines]  # nor those that calibrate
-        counted += estimate.work(name, values, 6, ["evict-0.33", "evict-0.75"]).answers
-    assert counted - 2 * sections["07_dynamics"]["n_validation"] == stored  # which two predictors answer without a store
+        (notebook,) = (n for n in NOTEBOOKS if n.stem == name)
+        values = {**defaults(notebook), **sections[name]}
+        stored = sum(len(json.loads(path.read_text())) for path in Path(values["store"]).glob("*/*.json"))
+        values["ablations"] = [alike(line) for line in values.get("ablations", [])]
+        counted = planning.work(name, values, 6, ["evict-0.33", "evict-0.75"]).answers
+        unstored = 2 * values["n_validation"] if name == "07_dynamics" else 0  # which two predictors answer
+        assert counted - unstored == stored, name
+
+
+def alike(line: dict) -> dict:
+    """A line whose answers are counted as they are stored: without beams, and without those that calibrate what it trains."""
+    if "train" in line:
+        return {"strategy": "Full", "generate": {"of": line["train"]}}
+    return line | ({"generate": {"of": line["generate"]}} if "generate" in line else {})
 
 
 def test_two_processes_share_a_chapter(whole, sections, tmp_path):
-    """Both measure, the notebook generates nothing more, and its table is that of one process."""
+    """Two store all, the notebook generates nothing more, and its table is that of one process."""
     values = {
         "strategies": ["FastV", "FastVRerank", "RandomPrune", "WorstFirst"],
         "predictors": "",
@@ -127,10 +125,12 @@ def test_two_processes_share_a_chapter(whole, sections, tmp_path):
     profile = write({"03_comparison": chapter}, tmp_path / "shared.yaml")
     shared = launch("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "analysis/share.py", *profile)
     assert shared.returncode == 0, shared.stderr[-3000:]
+    assert {f"03_comparison: process {i} of 2" for i in (1, 2)} <= set(shared.stdout.splitlines())
+    stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "answers").glob("*/*.json")}
+    assert len(stored) == 5
     done = launch("analysis/run.py", *profile, "--force")
     assert done.returncode == 0, done.stderr[-3000:]
-    parts = sorted(path.name for path in (tmp_path / "answers").glob("*/part-*.jsonl"))
-    assert parts == ["part-000-of-002.jsonl", "part-001-of-002.jsonl"]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "answers").glob("*/*.json")} == stored
     one, two = (ROOT / "build" / "results" / name / "03_comparison_by_task.csv" for name in ("tiny", "shared"))
     lines = two.read_text().splitlines()
     assert len(lines) == 6 and set(lines) <= set(one.read_text().splitlines())
@@ -142,20 +142,20 @@ def test_two_processes_share_a_chapter(whole, sections, tmp_path):
     ("06_masks", {"predictor": "nowhere/evict-0.33"}, "no predictor nowhere/evict-0.33: run chapter 02 first"),
     ("07_dynamics", {"predictors": "nowhere"}, r"no predictor nowhere/evict-0.33\*: run chapter 02 first"),
 ])  # fmt: skip
-def test_what_is_missing_is_said_before_anything_runs(sections, chapter, change, message):
-    (notebook,) = (n for n in runner.NOTEBOOKS if n.stem == chapter)
+def test_what_is_missing_is_named_before_anything_runs(sections, chapter, change, message):
+    (notebook,) = (n for n in NOTEBOOKS if n.stem == chapter)
     with pytest.raises(FileNotFoundError, match=message):
         runner.before([(notebook, sections[chapter] | change)])
 
 
-def test_a_machine_that_is_too_small_is_told():
-    work = estimate.Work(answers=100, batch=8)
+def test_a_machine_that_is_too_small_is_refused():
+    work = planning.Work(answers=100, batch=8)
     with pytest.raises(ValueError, match=r"7\.1 billion parameters and needs a GPU, and none is found"):
-        estimate.check_fits(work, LLAVA_7B, estimate.Machine("CPU", 1e9, 1e9, 1e-4), "m")
-    card = estimate.Machine("card", 1e14, 1e12, 1e-4, 24e9)
-    estimate.check_fits(work, LLAVA_7B, card, "m")
+        planning.check_fits(work, LLAVA_7B, planning.Machine("CPU", 1e9, 1e9, 1e-4), "m")
+    card = planning.Machine("card", 1e14, 1e12, 1e-4, 24e9)
+    planning.check_fits(work, LLAVA_7B, card, "m")
     with pytest.raises(ValueError, match=r"m needs about 31 GiB here, 25 of them for .*, and card has 22: lower batch_size"):
-        estimate.check_fits(work, LLAVA_13B, card, "m")
+        planning.check_fits(work, LLAVA_13B, card, "m")
 
 
 def test_long_work_is_asked_for(sections, tmp_path, monkeypatch, capsys):
@@ -167,17 +167,17 @@ def test_long_work_is_asked_for(sections, tmp_path, monkeypatch, capsys):
 
 
 def test_pocket_is_not_probed(monkeypatch):
-    monkeypatch.setattr(estimate, "probe", lambda: pytest.fail("probed"))
-    assert runner.before(runner.read_plan("pocket")[1]) == {}
+    monkeypatch.setattr(planning, "probe", lambda: pytest.fail("probed"))
+    assert runner.before(read_plan("pocket")[1]) == {}
 
 
 def test_seconds_are_those_of_the_bound():
     """By hand: decoding at batch 1 reads the weights and the cache at every step; Python takes its time for every layer."""
-    reads = estimate.Machine("slow memory", 1e30, 1e9, 0.0)
-    found = estimate.seconds(estimate.Work(answers=1, longest=2), LLAVA_7B, reads)
+    reads = planning.Machine("slow memory", 1e30, 1e9, 0.0)
+    found = planning.seconds(planning.Work(answers=1, longest=2), LLAVA_7B, reads)
     assert found == pytest.approx(13.5, rel=0.03)  # 6.6e9 weights of 2 bytes, and the cache
-    python = estimate.Machine("slow Python", 1e30, 1e30, 1e-3)
-    assert estimate.seconds(estimate.Work(answers=16, batch=8, longest=64), LLAVA_7B, python) == pytest.approx(2 * 64 * 0.032)
+    python = planning.Machine("slow Python", 1e30, 1e30, 1e-3)
+    assert planning.seconds(planning.Work(answers=16, batch=8, longest=64), LLAVA_7B, python) == pytest.approx(2 * 64 * 0.032)
 
 
 def test_the_readmes_table_is_what_the_command_writes():

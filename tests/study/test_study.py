@@ -14,14 +14,12 @@ import pytest
 import yaml
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "analysis"))
-import run as runner  # noqa: E402
+from study.profiles import NOTEBOOKS, ROOT, parameters_of, read_profile
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def study(*arguments: str) -> subprocess.CompletedProcess:
+def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "analysis/run.py", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
@@ -29,7 +27,7 @@ def study(*arguments: str) -> subprocess.CompletedProcess:
 def smoke():
     """The whole study on profile smoke; pocket's committed results must not change."""
     before = {p: p.read_bytes() for p in (ROOT / "data" / "results" / "pocket").glob("*")}
-    done = study("--profile", "smoke", "--force")
+    done = run("--profile", "smoke", "--force")
     assert done.returncode == 0, done.stderr
     assert {p: p.read_bytes() for p in (ROOT / "data" / "results" / "pocket").glob("*")} == before
     return ROOT / "data" / "results" / "smoke"
@@ -47,20 +45,21 @@ def book(smoke, tmp_path_factory):
 
 
 def test_smoke_writes_results_with_provenance(smoke):
-    for notebook in runner.NOTEBOOKS:
+    for notebook in NOTEBOOKS:
         content = json.loads((smoke / f"{notebook.stem}.json").read_text())
         assert content["numbers"]
         about = content["provenance"]
         assert about["profile"] == "smoke"
         assert about["seconds"] > 0
         assert about["packages"]["torch"]
+        assert about["jobs"] >= 1
         for number in content["numbers"].values():
             assert number.get("low", number["value"]) <= number["value"] <= number.get("high", number["value"])
         assert list(smoke.glob(f"{notebook.stem}*.csv"))
 
 
 def test_every_chapter_states_its_protocol(smoke):
-    for notebook in runner.NOTEBOOKS:
+    for notebook in NOTEBOOKS:
         rows = json.loads((smoke / f"{notebook.stem}.json").read_text())["protocol"]
         assert rows
         for row in rows:
@@ -70,26 +69,56 @@ def test_every_chapter_states_its_protocol(smoke):
 
 def test_what_is_up_to_date_is_skipped(smoke):
     written = (smoke / "01_attention.json").stat().st_mtime_ns
-    done = study("--profile", "smoke", "--only", "01")
+    done = run("--profile", "smoke", "--only", "01")
     assert done.returncode == 0
     assert "up to date" in done.stdout
     assert (smoke / "01_attention.json").stat().st_mtime_ns == written
 
 
+def test_checking_measures_a_chapter_anew(tmp_path):
+    """A stored answer that was altered does not reach a check, and a number that was altered in the reference does."""
+    values = read_profile("smoke")[1]["03_comparison"] | {"tasks": ["description", "caption"], "strategies": ["FastV"]}
+    values |= {"predictors": "", "store": str(tmp_path / "answers"), "results": "build/results/checked"}
+    profile = ["--profile", str(tmp_path / "checked.yaml")]
+    (tmp_path / "checked.yaml").write_text(yaml.safe_dump({"03_comparison": values}))
+    measured = ROOT / "build" / "results" / "checked" / "03_comparison.json"
+    check = [*profile, "--check", "--reference", str(tmp_path / "reference")]
+
+    def full_score() -> float:
+        return json.loads(measured.read_text())["numbers"]["full_score"]["value"]
+
+    done = run(*profile, "--force")
+    assert done.returncode == 0, done.stderr
+    true = full_score()
+    shutil.copytree(measured.parent, tmp_path / "reference")
+    for path in (tmp_path / "answers").glob("*/*.json"):
+        path.write_text(json.dumps([row | {"answer": "nothing"} for row in json.loads(path.read_text())]))
+    done = run(*check)
+    assert done.returncode == 0 and "every headline number agrees" in done.stdout, done.stdout + done.stderr
+    assert run(*profile, "--force").returncode == 0 and full_score() != true  # the control: an altered answer changes the score
+    reference = tmp_path / "reference" / "03_comparison.json"
+    content = json.loads(reference.read_text())
+    content["numbers"]["full_score"] = {"value": true + 0.01}
+    reference.write_text(json.dumps(content))
+    done = run(*check)
+    assert done.returncode == 1 and "DIFFERS 03_comparison full_score" in done.stdout
+    assert "1 of the headline numbers differ from the reference" in done.stdout
+
+
 def test_an_unknown_parameter_is_an_error(tmp_path):
     (tmp_path / "typo.yaml").write_text("01_attention: {max_new_token: 3}\n")
-    done = study("--profile", str(tmp_path / "typo.yaml"))
+    done = run("--profile", str(tmp_path / "typo.yaml"))
     assert done.returncode == 2
     assert "01_attention.ipynb has no parameter ['max_new_token']" in done.stderr
     (tmp_path / "typo.yaml").write_text("01_atention: {n: 3}\n")
-    assert "no notebook is called ['01_atention']" in study("--profile", str(tmp_path / "typo.yaml")).stderr
-    assert "no profile 'pockets'" in study("--profile", "pockets").stderr
-    assert "no notebook begins with ['77']" in study("--only", "77").stderr
+    assert "no notebook is called ['01_atention']" in run("--profile", str(tmp_path / "typo.yaml")).stderr
+    assert "no profile 'pockets'" in run("--profile", "pockets").stderr
+    assert "no notebook begins with ['77']" in run("--only", "77").stderr
 
 
 def test_a_failing_cell_is_named_and_kept(tmp_path):
     (tmp_path / "bad.yaml").write_text("01_attention: {tasks: [poem], results: build/results/bad}\n")
-    done = study("--profile", str(tmp_path / "bad.yaml"))
+    done = run("--profile", str(tmp_path / "bad.yaml"))
     assert done.returncode == 1
     assert re.search(r"cell \d+ of 01_attention.ipynb failed: ValueError: unknown pocket task \['poem'\]", done.stderr)
     left = ROOT / "build" / "analysis" / "bad"
@@ -110,7 +139,7 @@ def test_photographs_go_through_the_notebook(tmp_path):
     (tmp_path / "captions.txt").write_text("image,caption\n" + "\n".join(rows) + "\n")
     values = {"source": str(tmp_path), "tasks": ["caption"], "n": 10, "results": "build/results/photos"}
     (tmp_path / "photos.yaml").write_text(yaml.safe_dump({"01_attention": values}))
-    done = study("--profile", str(tmp_path / "photos.yaml"), "--force")
+    done = run("--profile", str(tmp_path / "photos.yaml"), "--force")
     assert done.returncode == 0, done.stderr
     numbers = json.loads((ROOT / "build" / "results" / "photos" / "01_attention.json").read_text())["numbers"]
     assert numbers["n_answers"]["value"] == 4
@@ -118,7 +147,7 @@ def test_photographs_go_through_the_notebook(tmp_path):
 
 
 def test_source_notebooks_are_clean_and_well_formed():
-    for path in runner.NOTEBOOKS:
+    for path in NOTEBOOKS:
         notebook = nbformat.read(path, 4)
         nbformat.validate(notebook)
         assert "parameters" in notebook.cells[1].metadata.tags
@@ -133,9 +162,9 @@ def test_source_notebooks_are_clean_and_well_formed():
 
 def test_every_profile_fits_its_notebooks():
     for path in (ROOT / "analysis" / "params").glob("*.yaml"):
-        _, profile = runner.read_profile(path.stem)
-        for notebook in runner.NOTEBOOKS:
-            runner.parameters_of(notebook, profile)
+        _, profile = read_profile(path.stem)
+        for notebook in NOTEBOOKS:
+            parameters_of(notebook, profile)
 
 
 class Links(HTMLParser):

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import study.bench
-from study.bench.observing import MODES, observing
+from dyrate.cost import Shape
+from study.bench.observing import observing
+from study.bench.runs import small_shape
 from study.bench.small import prune
 from study.bench.table3 import QUICK, SHAPES, Grid, show, table3
-from dyrate.cost import Shape
 from study.memory import overview
 
 DEFAULTS = {"prune": {"layers": 32, "width": 256}, "observe": {"layers": 8, "width": 512}}
@@ -27,21 +28,22 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in COMMON.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default: {value}, or the shape's")
     parser.add_argument("--out", type=Path, help="also write prune's results as JSON")
-    parser.add_argument("--memory-of", choices=MODES, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     if given.what == "memory":
         shapes = {given.shape: SHAPES[given.shape]} if given.shape else SHAPES
         return print(overview(shapes).round(2).to_string(index=False, na_rep=""))
     if given.what == "prune" and given.shape:
         grid = QUICK if given.quick else Grid()
-        name, shape = sized(given)
         try:
-            return show(table3(name, shape, replace(grid, repeats=given.repeats or grid.repeats), given.out))
+            return show(table3(*sized(given), replace(grid, repeats=given.repeats or grid.repeats), given.out))
         except ValueError as error:
             parser.error(str(error))
     for name, value in (COMMON | DEFAULTS[given.what]).items():
         setattr(given, name, getattr(given, name) or value)
-    (prune if given.what == "prune" else observing)(given)
+    shape = small_shape(given.layers, given.width, given.heads, given.side)
+    if given.what == "prune":
+        return prune(shape, given.new_tokens, given.repeats, given.out)
+    observing(shape, given.new_tokens, given.repeats)
 
 
 def sized(given: argparse.Namespace) -> tuple[str, Shape]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +16,15 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from dyrate.cost import Shape
 from dyrate.engine import decoder_layers, static_steps
-from study.intervals import bootstrap
 from dyrate.predictor import RatePredictor
 from dyrate.strategies.dyrate import DyRate
 from dyrate.strategy import Strategy
+from study.bench.machine import synchronize
 
 IMAGE = 60
 BEFORE, AFTER = [1, *range(5, 40)], [*range(5, 25)]  # text around the images
 TEXT = len(BEFORE) + len(AFTER)
+WARM_UP = 4  # new tokens
 
 
 def small_shape(layers: int, width: int, heads: int, side: int) -> Shape:
@@ -54,13 +56,19 @@ def build(shape: Shape, device: str | None = None) -> LlavaForConditionalGenerat
     return model.eval()
 
 
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+def request(model, batch: int, new_tokens: int, *, images: int = 1, native: int | None = None) -> dict:
+    """Arguments of `generate` for a batch of equal prompts and answers of one length.
 
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    native: so many plain tokens in place of the images, whose pixels are given all the same.
+    """
+    device, side = model.device, model.config.vision_config.image_size
+    middle = [IMAGE] * images * model.config.image_seq_length if native is None else [7] * native
+    ids = torch.tensor([[*BEFORE, *middle, *AFTER]] * batch, device=device)
+    return dict(
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens, suppress_tokens=[IMAGE], return_dict_in_generate=True,
+        pixel_values=torch.zeros(batch * images, 3, side, side, device=device, dtype=model.dtype),
+    )  # fmt: skip
 
 
 def peak_bytes() -> int:
@@ -91,7 +99,7 @@ class Clock(StoppingCriteria):
 
 @dataclass
 class Timing:
-    """Seconds of the prefill with the vision tower and of each decode step; bytes; mean kept share of image tokens.
+    """Seconds of the prefill with the vision tower and of each decode step; bytes; mean retention of image tokens.
 
     deciding: seconds of each decode step that went into observing, predicting and dropping, where that was asked for.
     """
@@ -100,11 +108,12 @@ class Timing:
     steps: np.ndarray
     cache: int
     peaks: list[int]
-    kept: float
+    retention: float
     deciding: np.ndarray
 
     @property
     def step(self) -> float:
+        """Median seconds of a decode step; NaN where there was none."""
         return float(np.median(self.steps)) if len(self.steps) else float("nan")
 
 
@@ -114,57 +123,57 @@ def timed(
 ) -> Timing:  # fmt: skip
     """One batch of answers. native: the limit, so many plain tokens in place of the images, the tower run beside.
 
-    deciding: also time what stands before the strategy's first layer, waiting for the device on both sides. warm: answers
-    before the one that counts; without any, attaching the strategy counts too.
+    static: with `engine.static_steps`. deciding: also time what stands before the strategy's first layer, waiting for the
+    device on both sides. warm: answers before the one that counts; without any, attaching the strategy counts too.
     """
-    device, side = model.device, model.config.vision_config.image_size
-    middle = [IMAGE] * images * model.config.image_seq_length if native is None else [7] * native
-    ids = torch.tensor([[*BEFORE, *middle, *AFTER]] * batch, device=device)
-    pixels = torch.zeros(batch * images, 3, side, side, device=device, dtype=model.dtype)
-    settings = dict(
-        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens, suppress_tokens=[IMAGE], return_dict_in_generate=True,
-    )  # fmt: skip
-    if native is None:
-        settings["pixel_values"] = pixels
-    spans: list[float] = []
+    settings = request(model, batch, new_tokens, images=images, native=native)
+    beside = settings.pop("pixel_values") if native is not None else None
+    ticks: list[float] = []
     synchronize()
     begun = time.perf_counter()
     with torch.inference_mode(), ExitStack() as stack:
         if deciding:  # hooks run in the order of their registration: one before the engine's own, one after
             layer = decoder_layers(model)[strategy.first_pruned_layer]
-            stack.enter_context(layer.register_forward_pre_hook(lambda *_: _tick(spans)))
+            stack.enter_context(layer.register_forward_pre_hook(lambda *_: _tick(ticks)))
         trace = None
         if strategy is not None:
             trace = stack.enter_context(strategy(model, static=new_tokens * static))
         elif static:
             stack.enter_context(static_steps(model, room=new_tokens))
         if deciding:
-            stack.enter_context(layer.register_forward_pre_hook(lambda *_: _tick(spans)))
+            stack.enter_context(layer.register_forward_pre_hook(lambda *_: _tick(ticks)))
         for turn in range(warm + 1):
             clock = Clock()
             if turn:
                 begun = time.perf_counter()
-                spans.clear()
-            if native is not None:
-                model.get_image_features(pixels)
+                ticks.clear()
+            if beside is not None:
+                model.get_image_features(beside)
             out = model.generate(**settings, stopping_criteria=[clock])
     return Timing(
         clock.times[0] - begun, np.diff(clock.times),
         sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in out.past_key_values.layers), clock.peaks,
-        float(trace.kept_share().mean()) if trace is not None else 1.0, np.diff(spans)[2::2],
+        float(trace.retention().mean()) if trace is not None else 1.0, np.diff(ticks)[2::2],
     )  # fmt: skip
 
 
-def _tick(spans: list[float]) -> None:
+def _tick(ticks: list[float]) -> None:
     synchronize()
-    spans.append(time.perf_counter())
+    ticks.append(time.perf_counter())
+
+
+def in_turn(ways: dict[str, Callable], new_tokens: int, repeats: int) -> dict[str, list]:
+    """What each way returns for so many new tokens: all warmed up, then in turn, so that the machine's noise meets them all."""
+    for run in ways.values():
+        run(min(WARM_UP, new_tokens))
+    rounds = [{way: run(new_tokens) for way, run in ways.items()} for _ in range(repeats)]
+    return {way: [results[way] for results in rounds] for way in ways}
 
 
 def forced(shape: Shape, budget: float, new_tokens: int, swing: float = 0.1) -> DyRate:
-    """DyRate with a predictor of random weights whose biases make the kept share fall from budget + swing to budget - swing.
+    """DyRate with a predictor of random weights whose biases make the retention fall from budget + swing to budget - swing.
 
-    So a step observes, predicts and, now and then, drops, as it would with a trained predictor; the mean share is the budget.
+    So a step observes, predicts and, now and then, drops, as it would with a trained predictor; mean retention is the budget.
     """
     predictor = RatePredictor(shape.heads, shape.layers, "llava", with_step=True)
     torch.manual_seed(0)
@@ -175,22 +184,3 @@ def forced(shape: Shape, budget: float, new_tokens: int, swing: float = 0.1) -> 
         predictor.linear.bias.copy_(sharpness * (2 * first * predictor.rates - predictor.rates**2))
         predictor.linear.weight[:, -1] = sharpness * 2 * (last - first) * predictor.rates * 64 / max(1, new_tokens - 1)
     return DyRate.of(predictor.eval())
-
-
-def realised(plain: list[float], pruned: list[float], limit: list[float]) -> dict:
-    """Share of the ideal saving, with its bootstrap interval over repeats; paired by repeat, medians of each."""
-
-    def share(x, axis):
-        full, mine, best = np.median(x, axis=axis)
-        return (full - mine) / (full - best)
-
-    return plain_numbers(bootstrap(np.array([plain, pruned, limit]).T, share, resamples=1000))
-
-
-def deciding_share(timings: list[Timing]) -> dict:
-    """Observation, predictor and dropping as a share of decode time, with its interval over repeats."""
-    return plain_numbers(bootstrap([t.deciding.sum() / t.steps.sum() for t in timings], np.median, resamples=1000))
-
-
-def plain_numbers(found: dict) -> dict:
-    return {k: float(v) for k, v in found.items() if k != "n"} | {"n": int(found["n"])}

@@ -1,4 +1,4 @@
-"""Ablations as data: a line of YAML names a strategy, its fields, how to decode or how to train, and becomes a row of a table.
+"""Chapter 4, what matters in the method. Ablations are data: a line of YAML becomes a condition, and a row of a table.
 
 {group: decoding, label: beam-2, strategy: FastV, fields: {rate: 0.5}, generate: {num_beams: 2}}
 {group: number of rates, label: "8", train: {n_rates: 8, budget: 0.33}}
@@ -11,51 +11,116 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from dyrate import evaluate
+import dyrate
 from dyrate.data import Examples
-from study.intervals import bootstrap
-from dyrate.models import describe
-from dyrate.strategies.dyrate import DyRate
 from dyrate.distributed import this_process
+from dyrate.models import describe
 from dyrate.strategies import STRATEGIES
-from dyrate.strategy import Strategy
 from dyrate.training import Settings, train
+from study import controls  # noqa: F401  (registers its strategies)
+from study.answers import Condition, answer_all
+from study.book import ROOT
+from study.examples import examples as study_examples
+from study.intervals import bootstrap
+from study.predictors import condition_of
+from study.scores import scored
 
 KEYS = {"group", "label", "strategy", "fields", "generate", "train", "predictor"}
-CONSTANT = "constant rate"  # the group of lines that the others are set against
+CONSTANT = "constant rate"  # the group of lines that the others are compared with
+
+
+@dataclass
+class Ablations:
+    """What the chapter measured. about: `dyrate.models.describe` of the model; rows: `scored` answers with group and label."""
+
+    about: dict
+    examples: Examples
+    rows: pd.DataFrame
+
+
+def measure(
+    *, model: str, source: str, tasks: Sequence[str], n: int, n_train: int, n_validation: int, learn_tasks: Sequence[str],
+    ablations: Sequence[dict], constant_retentions: Sequence[float], trained: str, max_new_tokens: int, batch_size: int,
+    seed: int, store: str, device_map: str = "", **_,
+) -> Ablations:  # fmt: skip
+    """Answers under every line and every constant rate, after training what lines train. Parameters: the notebook's."""
+    lines = [*constants(constant_retentions), *ablations]
+    check(lines)
+    loaded, processor = dyrate.load(model, device_map=device_map or None)
+    test = study_examples(source, n, tasks=tasks, split="test", seed=seed)
+    learn = study_examples(source, n_train, tasks=learn_tasks, split="train", seed=seed)
+    validation = study_examples(source, n_validation, tasks=learn_tasks, split="validation", seed=seed)
+    conditions = [condition(line, loaded, processor, learn, validation, ROOT / trained, batch_size) for line in lines]
+    answers = answer_all(
+        loaded, processor, conditions, test, ROOT / store, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed
+    )
+    return Ablations(describe(loaded), test, by_line(scored(answers, test), lines))
+
+
+def constants(retentions: Sequence[float]) -> list[dict]:
+    """Lines with the same rate at every step, which the others are compared with, each at its own retention ratio."""
+    return [
+        {"group": CONSTANT, "label": f"{x:g}", "strategy": "Constant", "fields": {"rate": 1 - x}} for x in sorted(retentions)
+    ]
 
 
 def check(lines: Sequence[dict]) -> None:
     """Raises ValueError that names the first line that cannot be understood, before anything is run."""
+    names = set()
     for line in lines:
-        if unknown := set(line) - KEYS:
-            raise ValueError(f"ablation {line}: unknown {sorted(unknown)}; a line has {sorted(KEYS)}")
-        if "group" not in line or "label" not in line:
-            raise ValueError(f"ablation {line}: every line has a group and a label")
-        if len({"strategy", "train", "predictor"} & set(line)) != 1:
-            raise ValueError(f"ablation {line}: name one of strategy, predictor and train")
-        if "strategy" in line and line["strategy"] not in STRATEGIES:
-            raise ValueError(f"ablation {line}: no strategy is called {line['strategy']}; there are {sorted(STRATEGIES)}")
+        if problem := _problem(line):
+            raise ValueError(f"ablation {line}: {problem}")
+        if _name(line) in names:
+            raise ValueError(f"ablation {line}: there is another line with this group and label")
+        names.add(_name(line))
 
 
-def strategy_of(
-    line: dict, model, processor, learn: Examples, validation: Examples, root: Path, trained: Path, batch_size: int = 32
-) -> Strategy:
-    """The strategy that a line means; where it says `train`, the predictor in `trained`, or one trained now and stored there."""
+def _problem(line: dict) -> str | None:
+    """What is wrong with a line; None if it can be run."""
+    if unknown := set(line) - KEYS:
+        return f"unknown {sorted(unknown)}; a line has {sorted(KEYS)}"
+    if not {"group", "label"} <= set(line):
+        return "every line has a group and a label"
+    if len({"strategy", "train", "predictor"} & set(line)) != 1:
+        return "name one of strategy, predictor and train"
     if "predictor" in line:
-        return DyRate.from_pretrained(root / line["predictor"])
-    if "train" not in line:
-        return STRATEGIES[line["strategy"]](**line.get("fields", {}))
+        return None
+    if "strategy" in line and line["strategy"] not in STRATEGIES:
+        return f"no strategy is called {line['strategy']}; there are {sorted(STRATEGIES)}"
+    cls, given = (Settings, line["train"]) if "train" in line else (STRATEGIES[line["strategy"]], line.get("fields", {}))
+    known = [field.name for field in fields(cls)]
+    if unknown := set(given) - set(known):
+        return f"{cls.__name__} has no field {', '.join(sorted(unknown))}; it has {', '.join(known)}"
+    try:
+        cls(**given)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _name(line: dict) -> str:
+    return f"{line['group']}: {line['label']}"
+
+
+def condition(
+    line: dict, model, processor, learn: Examples, validation: Examples, trained: Path, batch_size: int = 32
+) -> Condition:
+    """What a line means; where it says `train`, the predictor in the folder `trained`, or one trained now and stored there."""
+    how = {"label": _name(line), "settings": line.get("generate", {})}
+    if "strategy" in line:
+        return Condition(strategy=STRATEGIES[line["strategy"]](**line.get("fields", {})), method=line["strategy"], **how)
+    if "predictor" in line:
+        return replace(condition_of(ROOT / line["predictor"]), **how)
     settings = Settings(**line["train"])
     about = {k: v for k, v in describe(model).items() if k in ("family", "parameters", "layers", "heads")}
-    asked = {"settings": asdict(settings), "model": about, "examples": [e.name for e in (*learn, *validation)]}
-    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+    decisive = {"settings": asdict(settings), "model": about, "examples": [e.name for e in (*learn, *validation)]}
+    key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]
     name = re.sub(r"[^a-z0-9.]+", "-", f"{line['group']} {line['label']}".lower())
     folder = next(trained.glob(f"*-{key}"), trained / f"{name}-{key}")  # lines of several groups may share one
     if not folder.exists():
@@ -65,72 +130,54 @@ def strategy_of(
             predictor.save_pretrained(part)
             part.replace(folder)
         this_process().wait_for_everyone()
-    return DyRate.from_pretrained(folder)
+    return replace(condition_of(folder), **how)
 
 
-def run(
-    model, processor, lines: Sequence[dict], examples: Examples, learn: Examples, validation: Examples, *, root: Path,
-    trained: Path, store: Path, max_new_tokens: int, batch_size: int, seed: int = 0,
-) -> pd.DataFrame:  # fmt: skip
-    """Answers under every line, scored: the rows of `evaluate.scored` with `group` and `label`. Sampling is seeded by `seed`.
-
-    trained: folder of predictors that earlier runs trained for such lines.
-    """
-    check(lines)
-    found = []
-    for line in lines:
-        strategy = strategy_of(line, model, processor, learn, validation, root, trained, batch_size)
-        rows = evaluate.run(
-            model, processor, {line["label"]: strategy}, examples, store, max_new_tokens=max_new_tokens, batch_size=batch_size,
-            seed=seed, **line.get("generate", {}),
-        )  # fmt: skip
-        found.append(evaluate.scored(rows, examples).assign(group=line["group"], label=line["label"]))
-    return pd.concat(found, ignore_index=True)
-
-
-def constants(shares: Sequence[float]) -> list[dict]:
-    """Lines that keep the same share at every step: what the others are set against, each at its own kept share."""
-    return [{"group": CONSTANT, "label": f"{x:g}", "strategy": "Constant", "fields": {"rate": 1 - x}} for x in sorted(shares)]
+def by_line(rows: pd.DataFrame, lines: Sequence[dict]) -> pd.DataFrame:
+    """Scored rows with the group and the label of their line, which is the row's label so far."""
+    of = {_name(line): line for line in lines}
+    return rows.assign(group=[of[name]["group"] for name in rows.label], label=[of[name]["label"] for name in rows.label])
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row for each group, label and task: mean score with its interval, mean kept share, decoder multiply-accumulates.
+    """One row for each group, label and task: mean score with its interval, retention, decoder multiply-accumulates.
 
-    over, over_low, over_high: difference from a constant rate at the same kept share, on the same samples. The constant's score
+    over, over_low, over_high: difference from a constant rate at the same retention, on the same samples. The constant's score
     is interpolated between the lines of `constants`; NaN where none of them keeps as little.
     """
     table = []
-    for (group, label, task), found in rows.groupby(["group", "label", "task"], sort=False):
-        score = bootstrap(found.score)
-        kept = found.kept.mean()
-        same = _constant_at(kept, rows[(rows.group == CONSTANT) & (rows.task == task)])
-        over = bootstrap((found.set_index("sample").score - same).dropna())
+    for (group, label, task), line in rows.groupby(["group", "label", "task"], sort=False):
+        score = bootstrap(line.score)
+        retention = line.retention.mean()
+        same = _constant_at(retention, rows[(rows.group == CONSTANT) & (rows.task == task)])
+        over = bootstrap((line.set_index("sample").score - same).dropna())
         table.append(
-            {"group": group, "label": label, "task": task, **score, "kept": kept, "over": over["value"], "over_low": over["low"],
-             "over_high": over["high"], "macs": (found.prefill + found.decode).mean(), "tokens": found.tokens.mean()}
+            {"group": group, "label": label, "task": task, **score, "retention": retention, "over": over["value"],
+             "over_low": over["low"], "over_high": over["high"], "macs": (line.prefill + line.decode).mean(),
+             "tokens": line.tokens.mean()}
         )  # fmt: skip
     return pd.DataFrame(table)
 
 
-def _constant_at(kept: float, lines: pd.DataFrame) -> pd.Series:
-    """Score of each sample under a constant rate that keeps this share, between the two measured ones next to it."""
-    shares = lines.groupby("label").kept.mean().sort_values()
-    above = int(np.searchsorted(shares, kept - 1e-6))
-    scores = lines.pivot(index="sample", columns="label", values="score")
-    if above < len(shares) and np.isclose(shares.iloc[above], kept):
-        return scores[shares.index[above]]
-    if above in (0, len(shares)):
+def _constant_at(retention: float, rows: pd.DataFrame) -> pd.Series:
+    """Score of each sample under a constant rate at this retention ratio, between the two measured ones next to it."""
+    measured = rows.groupby("label").retention.mean().sort_values()
+    above = int(np.searchsorted(measured, retention - 1e-6))
+    scores = rows.pivot(index="sample", columns="label", values="score")
+    if above < len(measured) and np.isclose(measured.iloc[above], retention):
+        return scores[measured.index[above]]
+    if above in (0, len(measured)):
         return pd.Series(np.nan, index=scores.index)
-    high = scores[shares.index[above]]
-    part = (kept - shares.iloc[above - 1]) / (shares.iloc[above] - shares.iloc[above - 1])
-    return (1 - part) * scores[shares.index[above - 1]] + part * high
+    high = scores[measured.index[above]]
+    part = (retention - measured.iloc[above - 1]) / (measured.iloc[above] - measured.iloc[above - 1])
+    return (1 - part) * scores[measured.index[above - 1]] + part * high
 
 
 def finding(table: pd.DataFrame) -> str:
-    """Which group of lines differs most from a constant rate at equal kept share, its best and its worst line, in words."""
+    """Which group of lines differs most from a constant rate at equal retention, its best and its worst line, in words."""
     known = table[(table.group != CONSTANT) & table.over.notna()]
     if known.empty:
-        return "**No line keeps a share at which a constant rate was measured.**"
+        return "**No line has a retention at which a constant rate was measured.**"
     spread = known.groupby("group", sort=False).over.agg(lambda v: v.max() - v.min()).sort_values(ascending=False)
     lines = known[known.group == spread.index[0]].sort_values("over")
     ends = (
@@ -139,7 +186,7 @@ def finding(table: pd.DataFrame) -> str:
     )
     better, worse = (known.over_low > 0).sum(), (known.over_high < 0).sum()
     return (
-        f"**Set against a constant rate that keeps as much, *{spread.index[0]}* matters most: "
-        f"{' against '.join(dict.fromkeys(ends))}; of {len(known)} lines {better} are better than the constant and "
-        f"{worse} worse.** The groups by their spread: {', '.join(spread.index)}."
+        f"**Compared with a constant rate at equal retention, *{spread.index[0]}* matters most: "
+        f"{' against '.join(dict.fromkeys(ends))}; of {len(known)} lines {better} score higher than the constant and "
+        f"{worse} lower (95 % interval without 0).** The groups by their spread: {', '.join(spread.index)}."
     )

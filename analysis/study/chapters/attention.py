@@ -1,4 +1,4 @@
-"""Does attention to the image fade while the answer grows, or is it only diluted by the growing answer?
+"""Chapter 1, where attention goes: does attention to the image fade while the answer grows, or is it only diluted?
 
 Three measures of one attention row, per step and layer:
 - *raw*: the image's share of all attention, the paper's (Sec. III-A, Fig. 2);
@@ -9,17 +9,27 @@ Three measures of one attention row, per step and layer:
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
-from dyrate.recording import Recording
+import dyrate
+from dyrate.data import Examples
+from dyrate.models import describe
+from dyrate.recording import Recording, record_examples
+from dyrate.segments import SEGMENTS
+from study.book import Chapter
+from study.examples import examples as study_examples
+from study.examples import has_scenes
 from study.intervals import bootstrap
 from study.pocket.language import PLURAL
-from study.pocket.scenes import COLOURS, GRID
-from dyrate.segments import SEGMENTS
+from study.pocket.scenes import COLOURS, GRID, render
 
 MEASURES = ("raw", "undiluted", "per_token")
+IMAGE = SEGMENTS.index("image")
 FUNCTION_WORDS = set("a an the and or of in on at to with for from by is are was were be it its this that there as".split())
 _KINDS = {
     "colour": set(COLOURS), "count": set("a an one two three".split()),
@@ -28,18 +38,82 @@ _KINDS = {
 }  # fmt: skip
 
 
-def depths(n_layers: int) -> dict[str, range]:
+@dataclass
+class Attention:
+    """What the chapter measured. model: its name and size, for captions; main: the recordings of the first task."""
+
+    model: str
+    examples: Examples
+    recordings: list[Recording]
+    main: list[Recording]
+
+    @property
+    def scenes(self) -> bool:
+        """Whether it is known what the images show."""
+        return has_scenes(self.examples)
+
+    @cached_property
+    def curves(self) -> pd.DataFrame:
+        """`curves` of the first task."""
+        return curves(self.main)
+
+    @cached_property
+    def trends(self) -> pd.DataFrame:
+        """`trends` of the first task."""
+        return trends(self.main)
+
+    @cached_property
+    def heads(self) -> np.ndarray:
+        """Mean image share of every attention head over the steps of the first task's answers, (layer, head)."""
+        return np.mean([r.shares[1:, ..., IMAGE].mean(0) for r in self.main], 0)
+
+    @cached_property
+    def density(self) -> pd.DataFrame:
+        """`focus` of the first task, on scenes."""
+        scene_of = {e.name: e.scene for e in self.examples}
+        scenes = [scene_of[r.sample] for r in self.main]
+        return focus(self.main, scenes, [render(scene).cover for scene in scenes])
+
+    @cached_property
+    def focus_layer(self) -> int:
+        """The layer that attends most densely to the object being named, on scenes."""
+        return int(self.density[self.density.patches == "named object"].set_index("layer").value.idxmax())
+
+    @cached_property
+    def shown(self) -> Recording:
+        """The answer to draw: on scenes the one of the first 20 that names the most objects, else the first."""
+        if not self.scenes:
+            return self.recordings[0]
+        return max(self.main[:20], key=lambda r: len({t for t in r.tokens if token_kind(t, True) == "object"}))
+
+
+def measure(
+    *, model: str, source: str, tasks: Sequence[str], n: int, max_new_tokens: int, batch_size: int, seed: int,
+    device_map: str = "", **_,
+) -> Attention:  # fmt: skip
+    """Record the attention of answers to `n` images a task. Parameters: the notebook's."""
+    loaded, processor = dyrate.load(model, device_map=device_map or None)
+    examples = study_examples(source, n, tasks=tasks, seed=seed)
+    recordings = record_examples(
+        loaded, processor, examples, max_new_tokens=max_new_tokens, batch_size=batch_size, image_rows=has_scenes(examples)
+    )
+    about = describe(loaded)
+    name = f"`{model}` ({about['family']}, {about['parameters'] / 1e6:.1f} M parameters, {about['layers']} layers)"
+    return Attention(name, examples, recordings, [r for r in recordings if r.task == tasks[0]])
+
+
+def depths(n_layers: int) -> dict[str, list[int]]:
     """Shallow and deep layers: the first and the second half of the decoder."""
-    return {"shallow": range(n_layers // 2), "deep": range(n_layers // 2, n_layers)}
+    return {"shallow": list(range(n_layers // 2)), "deep": list(range(n_layers // 2, n_layers))}
 
 
 def measures(recording: Recording) -> dict[str, np.ndarray]:
     """The three measures of a recording, each (step, layer), means over heads."""
     shares = recording.shares.mean(2)
-    image = shares[..., SEGMENTS.index("image")]
+    image = shares[..., IMAGE]
     response = shares[..., SEGMENTS.index("response")]
     in_reach = recording.counts.sum(1, keepdims=True)
-    per_token = image * in_reach / recording.counts[:, [SEGMENTS.index("image")]]
+    per_token = image * in_reach / recording.counts[:, [IMAGE]]
     return {"raw": image, "undiluted": image / (1 - response), "per_token": per_token}
 
 
@@ -51,17 +125,18 @@ def curves(recordings: list[Recording], min_samples: int = 10) -> pd.DataFrame:
     """
     needed = min(min_samples, max(1, len(recordings) // 4))
     longest = max(len(r.tokens) for r in recordings)
+    measured = [(r, measures(r)) for r in recordings]
     rows = []
-    for depth, layers in depths(recordings[0].shares.shape[1]).items():
+    for depth, layers in depths(_n_layers(recordings)).items():
         for step in range(longest):
-            there = [r for r in recordings if len(r.tokens) > step]
-            if len(there) < needed:
+            reaching = [(r, m) for r, m in measured if len(r.tokens) > step]
+            if len(reaching) < needed:
                 break
-            values = {s: [r.shares[step, list(layers)].mean((0, 1))[i] for r in there] for i, s in enumerate(SEGMENTS)}
-            for name in MEASURES:
-                values[name] = [measures_of[name][step, list(layers)].mean() for measures_of in map(_cached, there)]
-            for name, sample in values.items():
-                rows.append({"depth": depth, "step": step, "what": name, **bootstrap(sample, resamples=300)})
+            shares = [r.shares[step, layers].mean((0, 1)) for r, _ in reaching]
+            values = dict(zip(SEGMENTS, np.transpose(shares), strict=True))
+            values |= {name: [m[name][step, layers].mean() for _, m in reaching] for name in MEASURES}
+            for what, sample in values.items():
+                rows.append({"depth": depth, "step": step, "what": what, **bootstrap(sample, resamples=300)})
     return pd.DataFrame(rows)
 
 
@@ -71,87 +146,89 @@ def trends(recordings: list[Recording], min_steps: int = 9) -> pd.DataFrame:
     value: -0.2 means that the measure is 20 % lower late in the answer; interval over samples. The prefill's own row
     (step 0) is left out, answers shorter than `min_steps` too.
     """
-    stacks = depths(recordings[0].shares.shape[1]).items()
-    return pd.DataFrame(
-        {"depth": depth, "measure": name, **bootstrap(_changes(recordings, name, layers, min_steps))}
-        for depth, layers in stacks
-        for name in MEASURES
-    )
+    return _changes(recordings, "depth", depths(_n_layers(recordings)), min_steps)
 
 
 def layer_trends(recordings: list[Recording], min_steps: int = 9) -> pd.DataFrame:
     """`trends` for each single layer: relative change of each measure from the first to the last third of an answer."""
+    return _changes(recordings, "layer", {layer: [layer] for layer in range(_n_layers(recordings))}, min_steps)
+
+
+def _changes(recordings: list[Recording], column: str, groups: dict, min_steps: int) -> pd.DataFrame:
+    """Relative change of each measure, mean over each group of layers, from the first to the last third of each answer."""
+    measured = [measures(r) for r in recordings if len(r.tokens) >= min_steps]
+
+    def change(course: np.ndarray) -> float:
+        third = len(course) // 3
+        return course[-third:].mean() / course[:third].mean() - 1
+
     return pd.DataFrame(
-        {"layer": layer, "measure": name, **bootstrap(_changes(recordings, name, [layer], min_steps))}
-        for layer in range(recordings[0].shares.shape[1])
+        {column: group, "measure": name, **bootstrap([change(m[name][1:, layers].mean(1)) for m in measured])}
+        for group, layers in groups.items()
         for name in MEASURES
     )
 
 
-def _changes(recordings: list[Recording], name: str, layers, min_steps: int) -> list[float]:
-    """Relative change of one measure, mean over `layers`, from the first to the last third of each answer."""
-    found = []
-    for r in recordings:
-        if len(r.tokens) >= min_steps:
-            course = _cached(r)[name][1:, list(layers)].mean(1)
-            third = len(course) // 3
-            found.append(course[-third:].mean() / course[:third].mean() - 1)
-    return found
-
-
 def course_by_task(recordings: list[Recording], bins: int = 12) -> pd.DataFrame:
-    """The undiluted share in deep layers over the relative position in the answer (0 first word, 1 last), per task."""
+    """The undiluted share in deep layers over the relative position in the answer (0 first token, 1 last), per task."""
+    deep = depths(_n_layers(recordings))["deep"]
     rows = []
     for task in dict.fromkeys(r.task for r in recordings):
-        binned: list[list[float]] = [[] for _ in range(bins)]
-        for r in recordings:
-            if r.task == task and len(r.tokens) > bins:
-                course = _cached(r)["undiluted"][1:, list(depths(r.shares.shape[1])["deep"])].mean(1)
-                for found, part in zip(binned, np.array_split(course, bins), strict=True):
-                    found.append(part.mean())
-        rows += [{"task": task, "position": (i + 0.5) / bins, **bootstrap(v)} for i, v in enumerate(binned) if v]
+        long_enough = [r for r in recordings if r.task == task and len(r.tokens) > bins]
+        courses = [np.array_split(measures(r)["undiluted"][1:, deep].mean(1), bins) for r in long_enough]
+        for i, parts in enumerate(zip(*courses, strict=True)):
+            rows.append({"task": task, "position": (i + 0.5) / bins, **bootstrap([part.mean() for part in parts])})
     return pd.DataFrame(rows, columns=["task", "position", "value", "low", "high", "n"])
 
 
-def clock(recordings: list[Recording]) -> dict[str, dict]:
+def explained_by_step(recordings: list[Recording]) -> dict[str, dict]:
     """How much of a measure's variance over all steps a straight line in the step number explains (R^2), deep layers.
 
-    A feature that is mostly a clock tells a predictor when it is, not what is in the image.
+    The more of it, the more a predictor that reads the measure learns when it is, and not what is in the image.
     """
-    found = {}
+    deep = depths(_n_layers(recordings))["deep"]
+    measured = [measures(r) for r in recordings]
+    explained = {}
     for name in MEASURES:
-        points = []
-        for r in recordings:
-            layers = list(depths(r.shares.shape[1])["deep"])
-            points.append(np.stack([np.arange(1, len(r.tokens)), _cached(r)[name][1:, layers].mean(1)], 1))
+        points = [np.stack([np.arange(1, len(m[name])), m[name][1:, deep].mean(1)], 1) for m in measured]
 
-        def explained(chosen, points=points):
-            x, y = np.concatenate([points[int(i)] for i in chosen]).T
+        def r_squared(drawn, axis):
+            x, y = np.concatenate([points[int(i)] for i in drawn]).T
             return np.corrcoef(x, y)[0, 1] ** 2 if len(x) > 2 else np.nan
 
-        found[name] = bootstrap(np.arange(len(points)), lambda drawn, axis: explained(drawn), resamples=300)
-    return found
+        explained[name] = bootstrap(np.arange(len(points)), r_squared, resamples=300)
+    return explained
 
 
-def word_kind(token: str, pocket: bool) -> str:
-    """Kind of a generated word: object, colour, count, place or other (pocket); content or function (any other text)."""
+def by_layer_and_step(recordings: list[Recording]) -> tuple[np.ndarray, np.ndarray]:
+    """Raw and undiluted share in every layer and step, each (step, layer), mean over answers of at least median length."""
+    median = int(np.median([len(r.tokens) for r in recordings]))
+    measured = [measures(r) for r in recordings if len(r.tokens) >= median]
+    steps = min(len(m["raw"]) for m in measured)
+    raw, undiluted = (np.mean([m[name][:steps] for m in measured], 0) for name in ("raw", "undiluted"))
+    return raw, undiluted
+
+
+def token_kind(token: str, scenes: bool) -> str:
+    """Kind of a generated token: object, colour, count, place or other (scenes); content or function (any other text)."""
     word = token.lower()
-    if pocket:
+    if scenes:
         return next((kind for kind, words in _KINDS.items() if word in words), "other")
     return "function" if word in FUNCTION_WORDS or not re.search(r"\w", word) else "content"
 
 
-def by_word_kind(recordings: list[Recording], pocket: bool) -> pd.DataFrame:
-    """Mean measures in the step that generates each kind of word, per depth, with intervals over samples."""
+def by_token_kind(recordings: list[Recording], scenes: bool) -> pd.DataFrame:
+    """Mean measures in the step that generates each kind of token, per depth, with intervals over samples."""
+    measured = [measures(r) for r in recordings]
+    kinds = [np.array([token_kind(t, scenes) for t in r.tokens[1:]]) for r in recordings]
     rows = []
-    kinds = [np.array([word_kind(t, pocket) for t in r.tokens]) for r in recordings]
-    for depth, layers in depths(recordings[0].shares.shape[1]).items():
-        for kind in sorted({k for one in kinds for k in one}):
+    for depth, layers in depths(_n_layers(recordings)).items():
+        for kind in sorted({token_kind(t, scenes) for r in recordings for t in r.tokens}):
             for name in MEASURES:
                 per_sample = [
-                    _cached(r)[name][1:][:, list(layers)].mean(1)[k[1:] == kind].mean()
-                    for r, k in zip(recordings, kinds, strict=True)
-                    if (k[1:] == kind).any()
+                    m[name][1:][:, layers].mean(1)[k == kind].mean()
+                    for m, k in zip(measured, kinds, strict=True)
+                    if (k == kind).any()
                 ]
                 rows.append({"depth": depth, "kind": kind, "measure": name, **bootstrap(per_sample)})
     return pd.DataFrame(rows)
@@ -160,16 +237,16 @@ def by_word_kind(recordings: list[Recording], pocket: bool) -> pd.DataFrame:
 def focus(recordings: list[Recording], scenes: list, covers: list[np.ndarray]) -> pd.DataFrame:
     """Where in the image the attention lies while an object's name is generated, per layer, with intervals over samples.
 
-    density: attention per image token on the patches of the named object, of the other objects, and of none, in units
-    of the mean over the image (1 = no preference). covers: each scene's (group, 12, 12) patches.
+    Attention per image token on the patches of the named object, of the other objects, and of none, in units of the mean
+    over the image (1 = no preference). covers: each scene's (group, 12, 12) patches.
     """
     samples: dict[tuple[int, str], list[float]] = {}
     for recording, scene, cover in zip(recordings, scenes, covers, strict=True):
         where = cover.reshape(len(cover), GRID * GRID)
-        name_of = {word: i for i, g in enumerate(scene.groups) for word in _naming(g.thing)}
-        found: dict[tuple[int, str], list[float]] = {}
+        group_of = {name: i for i, g in enumerate(scene.groups) for name in _names(g.thing)}
+        densities: dict[tuple[int, str], list[float]] = {}
         for step, token in enumerate(recording.tokens):
-            group = name_of.get(token.lower())
+            group = group_of.get(token.lower())
             if group is None or step == 0:
                 continue
             attention = recording.image[step] / recording.image[step].mean(-1, keepdims=True)
@@ -177,36 +254,56 @@ def focus(recordings: list[Recording], scenes: list, covers: list[np.ndarray]) -
             for part, mask in parts.items():
                 if mask.any():
                     for layer, density in enumerate(attention[:, mask].mean(1)):
-                        found.setdefault((layer, part), []).append(density)
-        for key, values in found.items():
+                        densities.setdefault((layer, part), []).append(density)
+        for key, values in densities.items():
             samples.setdefault(key, []).append(float(np.mean(values)))
     return pd.DataFrame(
         {"layer": layer, "patches": part, **bootstrap(values)} for (layer, part), values in sorted(samples.items())
     )
 
 
-def _naming(thing: str) -> list[str]:
-    """The word that names a thing, singular and plural; of "pair of scissors" the last."""
+def _names(thing: str) -> list[str]:
+    """The token that names a thing, singular and plural; of "pair of scissors" the last."""
     return [thing.split()[-1], PLURAL[thing].split()[-1]]
 
 
-def verdict(found: pd.DataFrame) -> str:
-    """One sentence: does the raw share fall, and does it still once the growing response is taken out?"""
-    if found.n.max() == 0:
+def image_and_maps(recorded: Attention, most: int = 5) -> tuple:
+    """An image, and on scenes the attention maps of the tokens that name objects: (picture, grids (row, column), tokens).
+
+    most: maps, of the layer that attends most densely to the object being named.
+    """
+    answer = recorded.shown
+    picture = next(e for e in recorded.examples if e.name == answer.sample).image()
+    if not recorded.scenes:
+        return picture, [], []
+    naming = [i for i, token in enumerate(answer.tokens) if i and token_kind(token, True) == "object"]
+    naming = [i for i in naming if answer.tokens[i] not in ("pair", "pairs")][:most]
+    grids = [answer.image[i, recorded.focus_layer].reshape(GRID, GRID) for i in naming]
+    return picture, grids, [answer.tokens[i] for i in naming]
+
+
+def heads_over_steps(recorded: Attention) -> float:
+    """Standard deviation of the image share between the heads of a layer, over that between the steps of a head; means."""
+    between_steps = np.mean([r.shares[1:, ..., IMAGE].std(0).mean() for r in recorded.main if len(r.tokens) > 2])
+    return recorded.heads.std(1).mean() / between_steps
+
+
+def finding(table: pd.DataFrame) -> str:
+    """Does the raw share fall, and does it still once the growing response is taken out? table: `trends`."""
+    if table.n.max() == 0:
         return "**The answers are too short to compare their beginnings with their ends.**"
     parts = []
     for depth in ("shallow", "deep"):
-        rows = found[found.depth == depth].set_index("measure")
-        raw, undiluted = rows.loc["raw"], rows.loc["undiluted"]
+        rows = table[table.depth == depth].set_index("measure")
         parts.append(
-            f"in {depth} layers the image's share of all attention {_moved(raw)}, and {_moved(undiluted)} once the attention to "
-            "the response itself is set aside"
+            f"in {depth} layers the image's share of all attention {_change(rows.loc['raw'])}, and "
+            f"{_change(rows.loc['undiluted'])} once the attention to the response itself is set aside"
         )
-    raw = found[found.measure == "raw"]
-    rest = found[found.measure == "undiluted"]
-    if (raw.high < 0).any() and not (rest.high < 0).any():
+    raw = table[table.measure == "raw"]
+    undiluted = table[table.measure == "undiluted"]
+    if (raw.high < 0).any() and not (undiluted.high < 0).any():
         cause = "**The image's share does not fade here: it is diluted by the growing response.**"
-    elif (raw.high < 0).any() and (raw.high < 0).sum() > (rest.high < 0).sum():
+    elif (raw.high < 0).any() and (raw.high < 0).sum() > (undiluted.high < 0).sum():
         cause = "**Part of the fall is dilution by the growing response, part of it is real.**"
     elif (raw.high < 0).any():
         cause = "**The image's share falls, and dilution alone does not explain it.**"
@@ -216,14 +313,69 @@ def verdict(found: pd.DataFrame) -> str:
     return f"{cause} From the first to the last third of an answer, {text} (95 % intervals over {int(raw.n.max())} answers)."
 
 
-def _moved(row) -> str:
+def _change(row) -> str:
     interval = f"({100 * row.low:+.1f} to {100 * row.high:+.1f} %)"
     if row.low <= 0 <= row.high:
-        return f"stays where it was {interval}"
+        return f"shows no significant change {interval}"
     return f"{'falls' if row.value < 0 else 'rises'} by {abs(100 * row.value):.1f} % {interval}"
 
 
-def _cached(recording: Recording) -> dict[str, np.ndarray]:
-    if "measures" not in recording.__dict__:
-        recording.__dict__["measures"] = measures(recording)
-    return recording.__dict__["measures"]
+def record(chapter: Chapter, recorded: Attention) -> None:
+    """The chapter's headline numbers and sentences."""
+    for name, r_squared in explained_by_step(recorded.main).items():
+        chapter.number(f"clock_{name}", r_squared)
+    for row in recorded.trends.itertuples():
+        percent = {"value": 100 * row.value, "low": 100 * row.low, "high": 100 * row.high, "n": row.n}
+        chapter.number(f"{row.depth}_{row.measure}_change_percent", percent)
+    at_end = (recorded.curves.what == "response") & (recorded.curves.step == recorded.curves.step.max())
+    last = recorded.curves[at_end].set_index("depth").value
+    chapter.number("last_response_percent", 100 * last["shallow"])
+    chapter.number("last_response_deep_percent", 100 * last["deep"])
+    chapter.number("heads_over_steps", heads_over_steps(recorded))
+    chapter.number("n_answers", len(recorded.recordings))
+    chapter.number("n_unreadable", len(recorded.examples.problems))
+    chapter.number("mean_answer_tokens", np.mean([len(r.tokens) for r in recorded.main]))
+    chapter.text("measured_on", _measured_on(recorded))
+    chapter.text("measured_main", f"{recorded.model}, {len(recorded.main)} answers ({recorded.main[0].task.replace('_', ' ')})")
+    chapter.text("finding", finding(recorded.trends))
+    if recorded.scenes:
+        _record_focus(chapter, recorded)
+    else:
+        chapter.text("where_finding", "This needs to know which patches show which object: it is measured on pocket scenes only.")
+        chapter.text("hero_caption", f"One of the photographs, and the model's answer: “{recorded.shown.text}”")
+
+
+def _measured_on(recorded: Attention) -> str:
+    """Model, answers, images and tasks in words."""
+    examples = recorded.examples
+    images = "pocket scenes that it has not seen" if recorded.scenes else f"photographs of `{examples.source}`"
+    tasks = ", ".join(dict.fromkeys(e.task for e in examples))
+    left_out = f"; {len(examples.problems)} unreadable left out" if examples.problems else ""
+    return f"{recorded.model}, {len(recorded.recordings)} answers to {images} (tasks: {tasks}), greedy{left_out}"
+
+
+def _record_focus(chapter: Chapter, recorded: Attention) -> None:
+    """Numbers and sentences on where in a scene attention lies."""
+    layer = recorded.focus_layer
+    rows = recorded.density[recorded.density.layer == layer].set_index("patches")
+    named, rest = rows.loc["named object"], rows.loc["no object"]
+    chapter.number("focus_layer", layer)
+    chapter.number("focus_named_object", named)
+    chapter.number("focus_no_object", rest)
+    chapter.text(
+        "where_finding",
+        f"While an object is named, a patch that shows it receives in layer {layer} **{named.value:.1f} times** the attention "
+        f"of an average patch (95 % interval {named.low:.1f} to {named.high:.1f}), and a patch that shows no object "
+        f"{rest.value:.2f} times. The renderer of the scenes knows which patches show which object.",
+    )
+    answers = f"{recorded.model}, {len(recorded.main)} answers"
+    chapter.text("focus_caption", f"Attention per image patch while an object's name is generated, {answers}.")
+    chapter.text(
+        "hero_caption",
+        f"Attention of layer {layer} of {recorded.model} to the image while it generates the tokens that name objects, in one "
+        f"answer: “{recorded.shown.text}”",
+    )
+
+
+def _n_layers(recordings: list[Recording]) -> int:
+    return recordings[0].shares.shape[1]

@@ -1,256 +1,315 @@
-"""Is it the dynamics? Controls made from a predictor's own rates, and three questions that they answer one by one."""
+"""Chapter 7, is it the dynamics? Controls made from a predictor's own rates, and three questions that they answer one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 
-from dyrate import evaluate
-from dyrate.budget import trajectories
+import dyrate
 from dyrate.data import Examples
-from study.intervals import bootstrap_crossed
+from dyrate.models import describe
+from dyrate.strategies.controls import Constant, LinearAnneal, MeanTrajectory, RandomPrune
 from dyrate.strategies.dyrate import DyRate
-from dyrate.strategies import STRATEGIES
+from dyrate.strategies.fastv import FastVRerank
+from dyrate.strategies.full import Full
 from dyrate.strategy import Strategy
+from dyrate.training import trajectories
+from study.answers import Condition, answer_all
+from study.book import ROOT, Chapter, recorded
+from study.controls import Oracle, ShuffledRates, TaskConstant
+from study.examples import examples as study_examples
+from study.examples import has_scenes
+from study.intervals import bootstrap_crossed, verdict
+from study.predictors import condition_of
+from study.scores import scored
 
-QUESTIONS = {
-    "a schedule against a constant": ("mean trajectory", "constant"),
-    "adapting against its mean schedule": ("DyRate", "mean trajectory"),
-    "learning against annealing": ("DyRate", "annealing"),
-    "DyRate against a constant": ("DyRate", "constant"),
-    "DyRate against a constant of the task": ("DyRate", "constant by task"),
+QUESTIONS = {  # the two methods whose difference answers each, and their names in a sentence
+    "a schedule against a constant": ("mean trajectory", "constant", "a schedule", "a constant rate"),
+    "adapting against its mean schedule": ("DyRate", "mean trajectory", "adapting to the input", "one schedule for all"),
+    "learning against annealing": ("DyRate", "annealing", "learning", "a straight line"),
+    "DyRate against a constant": ("DyRate", "constant", "DyRate as a whole", "a constant rate"),
+    "DyRate against a constant of the task": ("DyRate", "constant by task", "it", "one constant for each kind of task"),
 }
-ASKED = tuple(QUESTIONS)[:3]  # what the chapter is about; the others are whole comparisons
+MAIN_QUESTIONS = tuple(QUESTIONS)[:3]  # what the chapter is about; the others are whole comparisons
+SCHEDULES = ("constant", "mean trajectory", "annealing")  # the controls that depend on the step alone
 
 
-def seeds(folder: Path, prefix: str) -> dict[str, DyRate]:
+@dataclass
+class Dynamics:
+    """What the chapter measured, with `scored` rows of all predictors (method "DyRate") and controls on the test prompts.
+
+    about: `dyrate.models.describe` of the model. paths: `retention_paths` of the predictors on the validation prompts.
+    controls: made from them. others: scored rows of further predictors and their controls, by the name of their condition.
+    """
+
+    about: dict
+    examples: Examples
+    paths: pd.DataFrame
+    controls: dict[str, Strategy]
+    scored: pd.DataFrame
+    others: dict[str, pd.DataFrame]
+
+
+def measure(
+    *, model: str, source: str, tasks: Sequence[str], n_validation: int, n: int, predictors: str, prefix: str,
+    others: dict[str, str], max_new_tokens: int, batch_size: int, seed: int, store: str, device_map: str = "", **_,
+) -> Dynamics:  # fmt: skip
+    """Answers under predictors and under the controls made from their rates on validation prompts. Parameters: the notebook's."""
+    loaded, processor = dyrate.load(model, device_map=device_map or None)
+    validation = study_examples(source, n_validation, tasks=tasks, split="validation", seed=seed)
+    test = study_examples(source, n, tasks=tasks, split="test", seed=seed)
+    how = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+
+    def under(start: str, only: Sequence[str] | None = None) -> tuple[pd.DataFrame, dict[str, Strategy], pd.DataFrame]:
+        learned = seeds(ROOT / predictors, start)
+        paths = retention_paths(loaded, processor, learned, validation, **how)
+        made = controls(paths, learned[0].strategy, describe(loaded)["layers"], oracle=has_scenes(test))
+        made = {name: strategy for name, strategy in made.items() if only is None or name in only}
+        conditions = [*learned, *(Condition(name, strategy, name) for name, strategy in made.items())]
+        return paths, made, scored(answer_all(loaded, processor, conditions, test, ROOT / store, seed=seed, **how), test)
+
+    main = under(prefix)
+    return Dynamics(describe(loaded), test, *main, {name: under(start, SCHEDULES)[2] for name, start in others.items()})
+
+
+def seeds(folder: Path, prefix: str) -> list[Condition]:
     """The predictors in folders that begin with `prefix`. Raises FileNotFoundError that says how to train one."""
-    found = {f"DyRate {path.name.removeprefix(prefix)}": path for path in sorted(folder.glob(f"{prefix}*"))}
-    if not found:
-        raise FileNotFoundError(f"no predictor {folder}/{prefix}*: train one with `python -m dyrate.training --out ...`")
-    return {label: DyRate.from_pretrained(path) for label, path in found.items()}
+    learned = [condition_of(path) for path in sorted(folder.glob(f"{prefix}*"))]
+    if not learned:
+        raise FileNotFoundError(f"no predictor {folder}/{prefix}*: train one with `python analysis/train.py --out ...`")
+    return learned
 
 
-def kept_paths(model, processor, learned: dict[str, DyRate], examples, max_new_tokens: int, batch_size: int = 32) -> pd.DataFrame:
-    """Kept share at every step of every answer under every predictor: strategy, sample, task, step, kept."""
+def retention_paths(
+    model, processor, learned: Sequence[Condition], examples: Examples, *, max_new_tokens: int, batch_size: int = 32
+) -> pd.DataFrame:
+    """Retention at every step of every answer under every predictor: label, sample, task, step, retention."""
     tasks = {e.name: e.task for e in examples}
+    how = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     rows = [
-        {"strategy": label, "sample": name, "task": tasks[name], "step": t, "kept": share}
-        for label, strategy in learned.items()
-        for name, path in trajectories(
-            model, processor, strategy, examples, max_new_tokens=max_new_tokens, batch_size=batch_size
-        ).items()
-        for t, share in enumerate(path)
+        {"label": condition.label, "sample": name, "task": tasks[name], "step": t, "retention": retention}
+        for condition in learned
+        for name, path in trajectories(model, processor, condition.strategy, examples, **how).items()
+        for t, retention in enumerate(path)
     ]
     return pd.DataFrame(rows)
 
 
 def controls(paths: pd.DataFrame, like: DyRate, n_layers: int, oracle: bool) -> dict[str, Strategy]:
-    """Strategies at the mean kept share of `paths`, each without one thing that DyRate has. like: for layer and residency.
+    """Strategies at the mean retention of `paths`, each without one thing that DyRate has. like: for layer and residency.
 
     constant: no schedule. mean trajectory: no adaptation. others' rates: adapted to another input. annealing: not learned.
-    constant by task: knows no more than the task. lots, reranked, oracle: the constant under another ranking.
-    A schedule is scaled until answers as long as those of `paths` keep that mean: a short answer sees its start alone.
+    constant by task: knows no more than the task. random pruning, re-ranked, oracle: the constant under another ranking.
+    A schedule is scaled until answers as long as those of `paths` have that mean: a short answer sees its start alone.
     """
-    answers = paths.groupby(["strategy", "sample", "task"], sort=False).kept
+    answers = paths.groupby(["label", "sample", "task"], sort=False).retention
     budget = float(answers.mean().mean())
     each = [path.to_numpy() for _, path in answers]
     lengths = np.array([len(path) for path in each])
-    mean_path = paths.groupby("step").kept.mean().to_numpy()
+    mean_path = paths.groupby("step").retention.mean().to_numpy()
     if like.residency == "evict":
         mean_path = np.minimum.accumulate(mean_path)
-    make = STRATEGIES
     common = {"first_pruned_layer": like.first_pruned_layer, "residency": like.residency}
 
-    def line(share: float) -> Strategy:
-        return make["LinearAnneal"].at(share, n_layers, steps=max(1, round(lengths.mean())), **common)
+    def line(retention: float) -> Strategy:
+        return LinearAnneal.at(retention, n_layers, steps=max(1, round(lengths.mean())), **common)
 
-    def drawn(strategy: Strategy) -> np.ndarray:
-        return np.array([strategy.keep(_Step(t)) for t in range(lengths.max())])
+    def scaled(schedules: Sequence[np.ndarray]) -> list[np.ndarray]:
+        def at(x: float) -> list[np.ndarray]:
+            return [np.minimum(1, x * path) for path in schedules]
 
-    mean_path = np.minimum(1, mean_path * _level(budget, lambda x: mean_kept([np.minimum(1, x * mean_path)], lengths), 4))
-    scale = _level(budget, lambda x: mean_kept([np.minimum(1, x * path) for path in each], lengths), 4)
-    found = {
-        "Full": make["Full"](),
-        "constant": make["Constant"](rate=1 - budget, **common),
-        "mean trajectory": make["MeanTrajectory"](rates=_rates(mean_path), **common),
-        "others' rates": make["ShuffledRates"](rates=tuple(_rates(np.minimum(1, scale * path)) for path in each), **common),
-        "annealing": line(_level(budget, lambda share: mean_kept([drawn(line(share))], lengths), 1)),
-        "constant by task": make["TaskConstant"](
-            rates={task: float(1 - x) for task, x in answers.mean().groupby("task", sort=False).mean().items()}, **common
-        ),
-        "constant, lots": make["RandomPrune"](rate=1 - budget, **common),
-        "constant, reranked": make["FastVRerank"](rate=1 - budget, first_pruned_layer=like.first_pruned_layer),
+        return at(_level(budget, lambda x: mean_retention(at(x), lengths), 4))
+
+    start = _level(budget, lambda x: mean_retention([_schedule(line(x), lengths.max())], lengths), 1)
+    by_task = answers.mean().groupby("task", sort=False).mean()
+    made = {
+        "Full": Full(),
+        "constant": Constant(rate=1 - budget, **common),
+        "mean trajectory": MeanTrajectory(rates=_rates(*scaled([mean_path])), **common),
+        "others' rates": ShuffledRates(rates=tuple(_rates(path) for path in scaled(each)), **common),
+        "annealing": line(start),
+        "constant by task": TaskConstant(rates={task: float(1 - x) for task, x in by_task.items()}, **common),
+        "constant, random pruning": RandomPrune(rate=1 - budget, **common),
+        "constant, re-ranked": FastVRerank(rate=1 - budget, first_pruned_layer=like.first_pruned_layer),
     }
-    if oracle:
-        found["constant, oracle"] = make["Oracle"](rate=1 - budget, **common)
-    return found
+    return made | ({"constant, oracle": Oracle(rate=1 - budget, **common)} if oracle else {})
 
 
-def mean_kept(schedules: Sequence[np.ndarray], lengths: np.ndarray) -> float:
-    """Mean kept share of answers of these lengths, each under each schedule (kept share by step; its last one goes on)."""
+def mean_retention(schedules: Sequence[np.ndarray], lengths: np.ndarray) -> float:
+    """Mean retention of answers of these lengths, each under each schedule (retention by step; its last one goes on)."""
     steps = np.arange(1, max(lengths) + 1)
     return float(np.mean([(np.cumsum(s[np.minimum(steps, len(s)) - 1]) / steps)[lengths - 1] for s in schedules]))
 
 
-def _level(wanted: float, kept_at: Callable[[float], float], high: float) -> float:
-    """The x in [0, high] at which a rising `kept_at` is what is wanted, by bisection."""
+def _level(wanted: float, retention_at: Callable[[float], float], high: float) -> float:
+    """The x in [0, high] at which a rising `retention_at` is what is wanted, by bisection."""
     low = 0.0
     for _ in range(30):
         x = (low + high) / 2
-        low, high = (x, high) if kept_at(x) < wanted else (low, x)
+        low, high = (x, high) if retention_at(x) < wanted else (low, x)
     return high
 
 
-def _rates(kept: np.ndarray) -> tuple[float, ...]:
-    return tuple(float(1 - x) for x in kept)
+def _rates(retention: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(1 - x) for x in retention)
 
 
-def measure(
-    model, processor, learned: dict[str, DyRate], check: Examples, examples: Examples, store: Path, *, max_new_tokens: int,
-    batch_size: int, only: Sequence[str] | None = None,
-) -> tuple[pd.DataFrame, dict[str, Strategy], pd.DataFrame]:  # fmt: skip
-    """Predictors and the controls made from their rates on `check`: paths, controls, and scored answers to `examples`.
-
-    only: which controls; default all.
-    """
-    paths = kept_paths(model, processor, learned, check, max_new_tokens, batch_size)
-    n_layers = model.config.get_text_config().num_hidden_layers
-    made = controls(paths, next(iter(learned.values())), n_layers, oracle=examples[0].scene is not None)
-    made = {name: strategy for name, strategy in made.items() if only is None or name in only}
-    answered = evaluate.run(
-        model, processor, {**learned, **made}, examples, store, max_new_tokens=max_new_tokens, batch_size=batch_size
-    )
-    return paths, made, evaluate.scored(answered, examples)
+def _schedule(strategy: Strategy, steps: int) -> np.ndarray:
+    """Retention at each step, (steps,), of a strategy that looks at the step alone."""
+    return np.array([strategy.keep(SimpleNamespace(step=t)) for t in range(steps)])
 
 
 def schedules(paths: pd.DataFrame, strategies: dict[str, Strategy]) -> pd.DataFrame:
-    """Mean kept share by step of each predictor and of the controls that depend on the step alone."""
-    rows = [paths.groupby(["strategy", "step"], sort=False).kept.mean().reset_index()]
+    """Mean retention by step of each predictor (method "DyRate") and of the controls that depend on the step alone."""
+    rows = [paths.groupby(["label", "step"], sort=False).retention.mean().reset_index().assign(method="DyRate")]
     last = paths.step.max() + 1
-    for name in ("constant", "mean trajectory", "annealing"):
-        shares = [strategies[name].keep(_Step(t)) for t in range(last)]
-        rows.append(pd.DataFrame({"strategy": name, "step": range(last), "kept": shares}))
+    for name in SCHEDULES:
+        retention = _schedule(strategies[name], last)
+        rows.append(pd.DataFrame({"label": name, "step": range(last), "retention": retention, "method": name}))
     return pd.concat(rows, ignore_index=True)
-
-
-class _Step:
-    """All that a schedule looks at."""
-
-    def __init__(self, step: int):
-        self.step = step
 
 
 def explained(paths: pd.DataFrame) -> dict[str, float]:
-    """Share of the variance of the kept share that a straight line in the step, or the task alone, explains."""
-    if paths.kept.std() == 0:
+    """Share of the variance of the retention that a straight line in the step, or the task alone, explains."""
+    if paths.retention.std() == 0:
         return {"step": 0.0, "task": 0.0}
-    by_task = paths.groupby("task").kept.transform("mean")
-    return {"step": float(np.corrcoef(paths.step, paths.kept)[0, 1] ** 2), "task": float(by_task.var() / paths.kept.var())}
+    by_task = paths.groupby("task").retention.transform("mean")
+    line = np.corrcoef(paths.step, paths.retention)[0, 1] ** 2
+    return {"step": float(line), "task": float(by_task.var() / paths.retention.var())}
 
 
-def verdicts(scored: pd.DataFrame, learned: Sequence[str], tasks: Sequence[str]) -> pd.DataFrame:
+def verdicts(rows: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:
     """Paired differences for each question and task, and over all tasks but captions, whose score has another scale.
 
-    scored: rows of `evaluate.scored`. learned: labels of the predictors' seeds. Intervals are over scenes and seeds; a scene
-    that several tasks ask about counts once, with the mean of their differences.
+    rows: `scored`, with the predictors' seeds under the method "DyRate". Intervals are over scenes and seeds; a scene that
+    several tasks ask about counts once, with the mean of their differences.
     """
-    scene = [name.removeprefix(f"{task}-") for name, task in zip(scored["sample"], scored.task, strict=True)]
-    wide = scored.assign(scene=scene).pivot(index=["task", "scene"], columns="strategy", values="score")
-    rows = []
-    for question, sides in QUESTIONS.items():
-        one, other = (list(learned) if side == "DyRate" else [side] for side in sides)
-        if not one or not {*one, *other} <= set(wide):
+    wide = rows.pivot(index=["task", "scene"], columns="label", values="score")
+    labels = rows.groupby("method", sort=False).label.unique()
+    table = []
+    for question, (one, other, *_) in QUESTIONS.items():
+        if not {one, other} <= set(labels.index):
             continue
-        difference = pd.DataFrame(wide[one].to_numpy() - wide[other].to_numpy(), index=wide.index).dropna()
-        rows += [{"question": question, "task": task} | bootstrap_crossed(difference.loc[task]) for task in tasks]
+        difference = pd.DataFrame(wide[labels[one]].to_numpy() - wide[labels[other]].to_numpy(), index=wide.index).dropna()
+        table += [{"question": question, "task": task} | bootstrap_crossed(difference.loc[task]) for task in tasks]
         shared = [task for task in tasks if task != "caption"]
         if shared:
             mean = difference.loc[shared].groupby("scene").mean()
-            rows.append({"question": question, "task": "all but captions"} | bootstrap_crossed(mean))
-    return pd.DataFrame(rows)
+            table.append({"question": question, "task": "all but captions"} | bootstrap_crossed(mean))
+    return pd.DataFrame(table)
 
 
-def by_length(scored: pd.DataFrame, task: str, reference: str = "Full") -> dict[str, pd.DataFrame]:
+def by_length(rows: pd.DataFrame, task: str) -> dict[str, pd.DataFrame]:
     """The rows of a task in two halves: samples whose unpruned answer is short, and long, by the median number of tokens."""
-    rows = scored[scored.task == task]
-    tokens = rows[rows.strategy == reference].set_index("sample").tokens
-    short = set(tokens.index[tokens <= tokens.median()])
+    rows = rows[rows.task == task]
+    tokens = rows[rows.method == "Full"].set_index("sample").tokens
+    short = rows["sample"].isin(tokens.index[tokens <= tokens.median()])
     name = task.replace("_", " ")
-    halves = {f"short {name}s": rows[rows["sample"].isin(short)], f"long {name}s": rows[~rows["sample"].isin(short)]}
-    return {half: found for half, found in halves.items() if len(found)}
+    halves = {f"short {name}s": rows[short], f"long {name}s": rows[~short]}
+    return {half: part for half, part in halves.items() if len(part)}
 
 
-def conditions(measured: dict[str, tuple[pd.DataFrame, Sequence[str]]]) -> pd.DataFrame:
+def conditions(measured: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """The questions under each condition, over all tasks but captions: rows of `verdicts` whose task names the condition.
 
-    measured: scored rows and the labels of the predictors' seeds, by condition.
+    measured: `scored` rows by condition.
     """
-    rows = []
-    for condition, (scored, learned) in measured.items():
-        found = verdicts(scored, learned, list(dict.fromkeys(scored.task)))
-        rows.append(_pooled(found).assign(task=condition))
-    return pd.concat(rows, ignore_index=True)
+    tables = {name: verdicts(rows, list(dict.fromkeys(rows.task))) for name, rows in measured.items()}
+    return pd.concat([_pooled(table).assign(task=name) for name, table in tables.items()], ignore_index=True)
 
 
-def _pooled(found: pd.DataFrame) -> pd.DataFrame:
+def all_conditions(measured: Dynamics, task: str) -> pd.DataFrame:
+    """`conditions` of the main predictors, of the others, and of the main ones on short and long answers to a task."""
+    return conditions({"evict, all": measured.scored, **measured.others, **by_length(measured.scored, task)})
+
+
+def _pooled(table: pd.DataFrame) -> pd.DataFrame:
     """Of verdicts, those over all tasks; of captions alone, theirs."""
-    return found[found.task == ("all but captions" if "all but captions" in set(found.task) else found.task.iloc[0])]
+    return table[table.task == ("all but captions" if "all but captions" in set(table.task) else table.task.iloc[0])]
 
 
-def bars(found: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:
+def bars(table: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:
     """DyRate against constants on the tasks that a bar was set for: missed where the whole interval is below zero."""
-    rows = found[found.question.str.startswith("DyRate") & found.task.isin(tasks)]
-    said = ["missed" if high < 0 else "met, better" if low > 0 else "met" for low, high in zip(rows.low, rows.high, strict=True)]
-    return rows[["question", "task", "value", "low", "high", "n", "seeds"]].assign(bar=said)
+    rows = table[table.question.str.startswith("DyRate") & table.task.isin(tasks)]
+    reached = ["missed" if r.high < 0 else "met, better" if r.low > 0 else "met" for r in rows.itertuples()]
+    return rows[["question", "task", "value", "low", "high", "n", "seeds"]].assign(bar=reached)
 
 
-def by_seed(scored: pd.DataFrame, learned: Sequence[str]) -> pd.DataFrame:
-    """Mean score (all tasks but captions, if there are others) and mean kept share of each predictor."""
-    rows = scored[scored.strategy.isin(list(learned))]
+def budgets(rows: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:
+    """Mean score of each condition on each task, and its measured mean retention over all of them."""
+    scores = rows.groupby(["label", "task"], sort=False).score.mean().unstack("task").reindex(columns=list(tasks))
+    return scores.join(rows.groupby("label", sort=False).retention.mean().rename("mean retention")).reset_index()
+
+
+def by_seed(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean score (all tasks but captions, if there are others) and mean retention of each predictor."""
+    rows = rows[rows.method == "DyRate"]
     others = rows[rows.task != "caption"]
-    score = (others if len(others) else rows).groupby("strategy").score.mean()
-    return pd.DataFrame({"score": score, "kept": rows.groupby("strategy").kept.mean()})
+    score = (others if len(others) else rows).groupby("label").score.mean()
+    return pd.DataFrame({"score": score, "retention": rows.groupby("label").retention.mean()})
 
 
-def helps(found: pd.DataFrame, question: str) -> str:
+def helps(table: pd.DataFrame, question: str) -> str:
     """Where the interval of a question lies above zero and where below it, in words."""
-    rows = found[found.question == question]
+    rows = table[table.question == question]
     sides = {"helps": rows[rows.low > 0], "harms": rows[rows.high < 0]}
-    said = [f"{side} with {', '.join(part.task.str.replace('_', ' '))}" for side, part in sides.items() if len(part)]
-    unsaid = len(rows) - sum(len(part) for part in sides.values())
-    if unsaid:
-        said.append("cannot be told to help or harm elsewhere" if said else "cannot be told to help or harm anywhere")
-    return "; ".join(said)
+    parts = [f"{side} with {', '.join(part.task.str.replace('_', ' '))}" for side, part in sides.items() if len(part)]
+    if len(rows) > sum(len(part) for part in sides.values()):
+        parts.append(f"has no significant effect {'elsewhere' if parts else 'anywhere'}")
+    return "; ".join(parts)
 
 
-def sentence(found: pd.DataFrame) -> str:
+def finding(table: pd.DataFrame) -> str:
     """The three verdicts in words, and DyRate as a whole against constants, with their intervals."""
-    words = {
-        "a schedule against a constant": ("a schedule", "a constant rate"),
-        "adapting against its mean schedule": ("adapting to the input", "one schedule for all"),
-        "learning against annealing": ("learning", "a straight line"),
-        "DyRate against a constant": ("DyRate as a whole", "a constant rate"),
-        "DyRate against a constant of the task": ("it", "one constant for each kind of task"),
-    }
-    pooled = _pooled(found)
-    said = []
-    for row in pooled[pooled.question.isin(list(words))].itertuples():
-        one, other = words[row.question]
-        verb = "beats" if row.low > 0 else "loses to" if row.high < 0 else "cannot be told from"
-        said.append(f"{one} {verb} {other} ({row.value:+.3f}, {row.low:+.3f} to {row.high:+.3f})")
-    asked, whole = said[: len(ASKED)], said[len(ASKED) :]
+    sentences = []
+    for row in _pooled(table).to_dict("records"):
+        *_, one, other = QUESTIONS[row["question"]]
+        sentences.append(f"{one} {verdict(row)} {other} ({row['value']:+.3f}, {row['low']:+.3f} to {row['high']:+.3f})")
+    main, whole = sentences[: len(MAIN_QUESTIONS)], sentences[len(MAIN_QUESTIONS) :]
     return (
-        f"**At equal mean kept share {'; '.join(asked)}.** "
+        f"**At equal mean retention {'; '.join(main)}.** "
         + (f"{'; '.join(whole)}. " if whole else "")
-        + "Differences in the score, 95 % intervals."
+        + "Differences in the score with 95 % intervals; none is significant whose interval includes 0."
     )
 
 
-def shares_by_task(scored: pd.DataFrame, learned: Sequence[str]) -> str:
-    """What DyRate keeps of each task, mean over its seeds, from most to least, in words."""
-    kept = scored[scored.strategy.isin(list(learned))].groupby("task").kept.mean().sort_values(ascending=False)
-    return ", ".join(f"{share:.2f} for {task.replace('_', ' ')}" for task, share in kept.items())
+def retention_by_task(rows: pd.DataFrame) -> str:
+    """DyRate's mean retention on each task, mean over its seeds, from most to least, in words."""
+    mean = rows[rows.method == "DyRate"].groupby("task").retention.mean().sort_values(ascending=False)
+    return ", ".join(f"{retention:.2f} for {task.replace('_', ' ')}" for task, retention in mean.items())
+
+
+def record(chapter: Chapter, measured: Dynamics, table: pd.DataFrame, by_condition: pd.DataFrame) -> None:
+    """The chapter's headline numbers and sentences. table: `verdicts` on all tasks; by_condition: `all_conditions`."""
+    for what, part in explained(measured.paths).items():
+        chapter.number(f"{what}_explains", part)
+    chapter.number("budget", measured.paths.groupby(["label", "sample"]).retention.mean().mean())
+    retention = measured.scored.groupby("method").retention.mean()
+    chapter.number("budget_missed", (retention.drop(["DyRate", "Full"]) - retention["DyRate"]).abs().max())
+    predictors = by_seed(measured.scored)
+    chapter.number("n_seeds", len(predictors))
+    chapter.number("seed_deviation", predictors.score.std(ddof=0))
+    chapter.number("seed_worst", predictors.score.min())
+    chapter.number("seed_best", predictors.score.max())
+    chapter.number("seed_retention_low", predictors.retention.min())
+    chapter.number("seed_retention_high", predictors.retention.max())
+    for row in _pooled(table).to_dict("records"):
+        chapter.number(row["question"].replace(" ", "_"), {k: row[k] for k in ("value", "low", "high", "n")})
+    everywhere = pd.concat([table[table.task != "all but captions"], by_condition])
+    for question, key in zip(MAIN_QUESTIONS, ("schedule", "adapting", "learning"), strict=True):
+        chapter.text(f"{key}_helps", helps(everywhere, question))
+    chapter.text("retention_by_task", retention_by_task(measured.scored))
+    chapter.text("dynamics_finding", finding(table))
+
+
+def larger_run(results: str) -> str:
+    """The finding of a larger run whose results lie in a folder ("": none), in words."""
+    texts = recorded(results, "07_dynamics").get("texts")
+    if not texts:
+        return "No larger run is quoted."
+    return f"Quoted from a larger run ({texts['dynamics_measured_on']}; `{results}`): {texts['dynamics_finding']}"

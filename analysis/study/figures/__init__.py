@@ -1,5 +1,6 @@
 """One function per figure: rows in, matplotlib figure out."""
 
+from study.figures.ablations import ablation_dots
 from study.figures.attention import (
     attention_stack,
     change_by_layer,
@@ -8,13 +9,14 @@ from study.figures.attention import (
     head_heat,
     layer_step_heat,
     three_measures,
-    word_kinds,
-    words_on_image,
+    token_kinds,
+    tokens_on_image,
 )
-from study.figures.comparison import ablation_dots, dimmed, kept_patches, loss_heat, method_styles, pareto
+from study.figures.comparison import loss_heat, pareto
 from study.figures.dynamics import forest, mean_schedules
 from study.figures.efficiency import decode_reads, saving_realised, share_by_text
-from study.figures.errata import mixed_protocols, share_and_macs, swapped_columns
+from study.figures.errata import macs_by_retention, mixed_protocols, swapped_columns
+from study.figures.masks import kept_patches
 from study.figures.predictor import (
     budget_met,
     gradient_truth,

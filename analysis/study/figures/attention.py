@@ -7,8 +7,8 @@ import pandas as pd
 import seaborn
 from matplotlib.figure import Figure
 
-from study.figures.style import SEGMENT_COLOURS, TASK_COLOURS, axes_of
 from dyrate.segments import SEGMENTS
+from study.figures.style import SEGMENT_COLOURS, TASK_COLOURS, axes_of
 
 DEPTH_COLOURS = {"shallow": "#56B4E9", "deep": "#D55E00"}
 DASHES = {"shallow": "-", "deep": "--"}
@@ -80,7 +80,7 @@ def course_by_task(course: pd.DataFrame) -> Figure:
         axis.plot(rows.position, rows.value, dash, color=colour, label=task.replace("_", " "))
         axis.fill_between(rows.position, rows.low, rows.high, color=colour, alpha=0.2, linewidth=0)
     axis.set(
-        xlabel="position in the answer (0 = first word, 1 = last)",
+        xlabel="position in the answer (0 = first token, 1 = last)",
         ylabel="image share of attention\nnot on the response",
         xlim=(0, 1),
     )
@@ -116,8 +116,8 @@ def head_heat(shares: np.ndarray) -> Figure:
     return figure
 
 
-def word_kinds(kinds: pd.DataFrame) -> Figure:
-    """Undiluted image share and attention per image token while each kind of word is generated."""
+def token_kinds(kinds: pd.DataFrame) -> Figure:
+    """Undiluted image share and attention per image token while each kind of token is generated."""
     figure, axes = axes_of(8.2, 3.0, 2, sharey=True)
     for axis, measure in zip(axes, ("undiluted", "per_token"), strict=True):
         names = sorted(kinds.kind.unique(), reverse=True)
@@ -131,7 +131,7 @@ def word_kinds(kinds: pd.DataFrame) -> Figure:
         axis.set_yticks(range(len(names)), names)
         axis.set(title=measure.replace("_", " "), xlabel=f"image: {MEASURE_LABELS[measure]}".replace("\n", " "))
         axis.set_xlim(left=0)
-    axes[0].set_ylabel("kind of word being generated")
+    axes[0].set_ylabel("kind of token being generated")
     axes[1].legend(loc="best")
     return figure
 
@@ -149,18 +149,18 @@ def focus(density: pd.DataFrame) -> Figure:
     return figure
 
 
-def words_on_image(picture, grids: list[np.ndarray], words: list[str]) -> Figure:
-    """One picture, and where the attention lies in it while each of some words is generated. grids: (rows, columns)."""
-    columns = len(words) + 1
+def tokens_on_image(picture, grids: list[np.ndarray], tokens: list[str]) -> Figure:
+    """One picture, and where the attention lies in it while each of some tokens is generated. grids: (rows, columns)."""
+    columns = len(tokens) + 1
     figure, axes = axes_of(1.75 * columns, 2.1, columns)
     axes = np.atleast_1d(axes)
     axes[0].imshow(picture)
     axes[0].set_title("picture", fontsize=10)
     side = picture.size[0]
-    for axis, grid, word in zip(axes[1:], grids, words, strict=True):
+    for axis, grid, token in zip(axes[1:], grids, tokens, strict=True):
         axis.imshow(picture.convert("L"), cmap="gray", alpha=0.55)
         axis.imshow(grid / grid.max(), cmap="magma", alpha=0.62, extent=(0, side, picture.size[1], 0), vmin=0, vmax=1)
-        axis.set_title(f"“{word}”", fontsize=10)
+        axis.set_title(f"“{token}”", fontsize=10)
     for axis in axes:
         axis.set_xticks([])
         axis.set_yticks([])

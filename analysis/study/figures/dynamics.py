@@ -1,4 +1,4 @@
-"""Whether it is the dynamics: schedules and paired differences."""
+"""Schedules of the retention over the steps, and paired differences with their intervals."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def forest(rows: pd.DataFrame, xlabel: str) -> Figure:
     questions = list(dict.fromkeys(rows.question))
     figure, axes = axes_of(9.8, 0.8 + 0.34 * rows.task.nunique(), len(questions), sharey=True)
     for axis, question in zip(np.atleast_1d(axes), questions, strict=True):
-        found = rows[rows.question == question]
-        y = np.arange(len(found))[::-1]
-        error = np.stack([found.value - found.low, found.high - found.value])
-        axis.errorbar(found.value, y, xerr=error, fmt="o", color="#0072B2", capsize=2.5)
+        part = rows[rows.question == question]
+        y = np.arange(len(part))[::-1]
+        error = np.stack([part.value - part.low, part.high - part.value])
+        axis.errorbar(part.value, y, xerr=error, fmt="o", color="#0072B2", capsize=2.5)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_yticks(y, found.task.str.replace("_", " "))
+        axis.set_yticks(y, part.task.str.replace("_", " "))
         axis.set_title(question.replace(" against ", "\nagainst "), fontsize=8)
         axis.set_xlabel(xlabel)
         axis.xaxis.set_major_locator(MaxNLocator(4))
@@ -31,15 +31,19 @@ def forest(rows: pd.DataFrame, xlabel: str) -> Figure:
 
 
 def mean_schedules(rows: pd.DataFrame) -> Figure:
-    """Kept share at each step of generation, mean over answers: the predictor's seeds, and the controls that know the step."""
+    """Retention at each generation step, mean over answers: the predictor's seeds, and the controls that know the step.
+
+    rows: of `study.chapters.dynamics.schedules`.
+    """
     figure, axis = axes_of(7.2, 3.4)
+    seeds = rows[rows.method == "DyRate"]
+    for i, (_, line) in enumerate(seeds.groupby("label", sort=False)):
+        label = None if i else "DyRate, each seed"
+        axis.plot(line.step, line.retention, "-", color="#56B4E9", linewidth=1, label=label)
     controls = {"mean trajectory": ("#0072B2", "-"), "annealing": ("#D55E00", "--"), "constant": ("black", ":")}
-    seeds = [name for name in dict.fromkeys(rows.strategy) if name not in controls]
-    for name in [*seeds, *controls]:
-        found = rows[rows.strategy == name].groupby("step").kept.mean()
-        colour, dash = controls.get(name, ("#56B4E9", "-"))
-        label = name if name in controls else "DyRate, each seed" if name == seeds[0] else None
-        axis.plot(found.index, found, dash, color=colour, linewidth=2 if name in controls else 1, label=label)
-    axis.set(xlabel="generation step (token)", ylabel="kept share of image tokens", ylim=(0, 1.02))
+    for name, (colour, dash) in controls.items():
+        line = rows[rows.method == name]
+        axis.plot(line.step, line.retention, dash, color=colour, linewidth=2, label=name)
+    axis.set(xlabel="generation step (token)", ylabel="retention ratio of image tokens", ylim=(0, 1.02))
     axis.legend(loc="upper right")
     return figure

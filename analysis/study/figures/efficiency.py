@@ -10,18 +10,23 @@ from matplotlib.ticker import LogLocator, NullLocator
 from study.figures.style import axes_of
 
 
-def share_by_text(rows: pd.DataFrame) -> Figure:
-    """Prefill of LLaVA-1.5-7B relative to Full, against the number of text tokens; dots: what the paper prints."""
+def share_by_text(rows: pd.DataFrame, matching: pd.DataFrame) -> Figure:
+    """Prefill of LLaVA-1.5-7B relative to Full, against the number of text tokens; dots: what the paper prints.
+
+    rows, matching: as `chapters.efficiency.share_by_text` and `matching_text` make them.
+    """
     figure, axis = axes_of(7.2, 3.2)
-    highest = rows.groupby("case").percent.mean().idxmax()
-    for (case, found), dash in zip(rows.groupby("case", sort=False), ("-", "--", ":"), strict=True):
-        (line,) = axis.plot(found.text, found.percent, dash, label=case)
-        reported = found.reported.iloc[0]
-        nearest = found.iloc[(found.percent - reported).abs().argmin()]
-        axis.plot(nearest.text, reported, "o", color=line.get_color())
-        place, side = ((-6, 6), "right") if case == highest else ((6, -12), "left")  # where no curve runs
-        said = f"{reported:.1f} % at {nearest.text:.0f}"
-        axis.annotate(said, (nearest.text, reported), xytext=place, textcoords="offset points", ha=side, fontsize=8)
+    for dot, dash in zip(matching.itertuples(), ("-", "--", ":"), strict=True):
+        curve = rows[(rows.method == dot.method) & (rows.first_pruned_layer == dot.first_pruned_layer)]
+        label = f"{dot.method}, K = {dot.first_pruned_layer}, R = {1 - dot.retention:g}"
+        (line,) = axis.plot(curve.text, curve.percent, dash, label=label)
+        axis.plot(dot.text, dot.reported, "o", color=line.get_color())
+        highest = dot.reported == matching.reported.max()
+        place, side = ((-6, 6), "right") if highest else ((6, -12), "left")  # where no curve runs
+        axis.annotate(
+            f"{dot.reported:.1f} % at {dot.text:.0f}", (dot.text, dot.reported), xytext=place, textcoords="offset points",
+            ha=side, fontsize=8,
+        )  # fmt: skip
     axis.set(
         xlabel="text tokens in the prompt", ylabel="multiply-accumulates\n(% of Full)", xlim=(rows.text.min(), rows.text.max())
     )
@@ -32,10 +37,12 @@ def share_by_text(rows: pd.DataFrame) -> Figure:
 def decode_reads(rows: pd.DataFrame) -> Figure:
     """Bytes that one decode step reads, against the batch, and by how much less a pruned cache would take at best."""
     figure, axes = axes_of(9.2, 3.1, 2)
-    for (case, found), dash in zip(rows.groupby("case", sort=False), ("-", "--", ":", "-."), strict=False):
-        axes[0].plot(found.batch, found.gib, dash, label=case)
-        if case != "Full":
-            axes[1].plot(found.batch, found.faster, dash, label=case, color=axes[0].lines[-1].get_color())
+    curves = rows.groupby(["retention", "first_pruned_layer"], sort=False)
+    for ((retention, first), curve), dash in zip(curves, ("-", "--", ":", "-."), strict=False):
+        label = "Full" if retention == 1 else f"keep {retention:.0%} from layer {first}"
+        axes[0].plot(curve.batch, curve.gib, dash, label=label)
+        if retention < 1:
+            axes[1].plot(curve.batch, curve.faster, dash, label=label, color=axes[0].lines[-1].get_color())
     axes[0].set(xlabel="batch (rows)", ylabel="read in a decode step (GiB)", xscale="log", ylim=(0, None))
     axes[1].set(xlabel="batch (rows)", ylabel="decode speed-up at best\n(1 = as Full)", xscale="log", ylim=(0.9, None))
     axes[1].axhline(1, color="black", linewidth=0.8)

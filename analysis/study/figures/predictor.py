@@ -7,17 +7,17 @@ import pandas as pd
 import seaborn
 from matplotlib.figure import Figure
 
-from study.figures.style import TASK_COLOURS, axes_of
 from dyrate.segments import SEGMENTS
+from study.figures.style import TASK_COLOURS, axes_of
 
 
 def training_curves(history: pd.DataFrame) -> Figure:
     """Loss, cost and spread of the rates over training, one line a budget; dashed: the budget asked for."""
     figure, axes = axes_of(9.2, 3.4, 3)
     labels = {
-        "task": "cross-entropy (nats a token)",
-        "cost": "kept share of image tokens",
-        "spread": "deviation of the kept share",
+        "loss": "cross-entropy (nats a token)",
+        "cost": "retention ratio",
+        "spread": "deviation of the retention ratio",
     }
     palette = seaborn.color_palette("viridis", history.budget.nunique())
     for colour, (budget, rows) in zip(palette, history.groupby("budget"), strict=True):
@@ -59,17 +59,17 @@ def signs_of_failure(rows: pd.DataFrame) -> Figure:
 
 
 def gradient_truth(rows: pd.DataFrame, rate: float) -> Figure:
-    """Loss at constant rates (line), and the loss that the gradient at one of them foretells (dashed); one panel a task."""
+    """Loss at constant rates (line), and the loss that the gradient at one of them predicts (dashed); one panel a task."""
     tasks = list(dict.fromkeys(rows.task))
     figure, axes = axes_of(4.4 * len(tasks), 3.0, len(tasks), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
-        mean = rows[rows.task == task].groupby("rate")[["loss", "foretold"]].mean()
+        mean = rows[rows.task == task].groupby("rate")[["loss", "predicted"]].mean()
         axis.plot(mean.index, mean.loss, "o-", color="#0072B2", label="measured")
-        axis.plot(mean.index, mean.foretold, "--", color="#D55E00", label="foretold by the gradient")
+        axis.plot(mean.index, mean.predicted, "--", color="#D55E00", label="predicted by the gradient")
         axis.axvline(rate, color="black", linewidth=0.8)
         low, high = mean.loss.min(), mean.loss.max()
         edge = 0.5 * (high - low) + 0.02
-        axis.set(title=task.replace("_", " "), xlabel="constant rate (share dropped)", ylabel="cross-entropy (nats a token)")
+        axis.set(title=task.replace("_", " "), xlabel="constant drop rate", ylabel="cross-entropy (nats a token)")
         axis.set_ylim(low - edge, high + edge)
         axis.title.set_fontsize(9)
     axes[0, 0].legend(loc="best")
@@ -77,12 +77,12 @@ def gradient_truth(rows: pd.DataFrame, rate: float) -> Figure:
 
 
 def budget_met(rows: pd.DataFrame) -> Figure:
-    """The budget asked for and the mean kept share of real generation on unseen data, with 95 % intervals."""
+    """The budget asked for and the mean retention of real generation on unseen data, with 95 % intervals."""
     figure, axis = axes_of(4.2, 3.4)
     error = np.stack([rows.value - rows.low, rows.high - rows.value])
     axis.plot([0, 1], [0, 1], color="black", linewidth=0.8)
     axis.errorbar(rows.budget, rows.value, error, fmt="o", color="#0072B2", capsize=3)
-    axis.set(xlabel="budget asked for (kept share)", ylabel="measured in generation", xlim=(0, 1), ylim=(0, 1))
+    axis.set(xlabel="retention ratio asked for", ylabel="measured in generation", xlim=(0, 1), ylim=(0, 1))
     return figure
 
 
@@ -94,7 +94,7 @@ def rates_over_steps(rows: pd.DataFrame) -> Figure:
         mean, low, high = found.mean(), found.quantile(0.1), found.quantile(0.9)
         (line,) = axis.plot(mean.index, mean, dash, label=task.replace("_", " "), color=TASK_COLOURS.get(task))
         axis.fill_between(mean.index, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axis.set(xlabel="generation step (token)", ylabel="predicted rate\n(share of image tokens to drop)", ylim=(-0.02, 1.02))
+    axis.set(xlabel="generation step (token)", ylabel="predicted drop rate", ylim=(-0.02, 1.02))
     axis.legend(loc="best", ncols=2)
     return figure
 
@@ -108,30 +108,31 @@ def rates_by_image(rows: pd.DataFrame) -> Figure:
     axis.set(xlabel="generation step (token)", ylabel="image")
     axis.grid(False)
     axis.set_yticks([])
-    figure.colorbar(shown, label="predicted rate\n(share to drop)")
+    figure.colorbar(shown, label="predicted drop rate")
     return figure
 
 
-def predictor_weights(weights: np.ndarray) -> Figure:
-    """What each head's attention to each segment does to the rate: (head, 4), change of the mean logit-weighted rate."""
+def predictor_weights(weights: pd.DataFrame) -> Figure:
+    """How each head's attention to each segment moves the rate, one row a head: change of the mean logit-weighted rate."""
+    segments = weights[list(SEGMENTS)].T
     figure, axis = axes_of(5.6, 2.6)
-    limit = float(np.abs(weights).max()) or 1.0
+    limit = float(segments.abs().max(axis=None)) or 1.0
     seaborn.heatmap(
-        pd.DataFrame(weights.T, index=list(SEGMENTS)), ax=axis, cmap="RdBu_r", center=0, vmin=-limit, vmax=limit,
-        cbar_kws={"label": "towards dropping more"},
-    )  # fmt: skip
+        segments, ax=axis, cmap="RdBu_r", center=0, vmin=-limit, vmax=limit, cbar_kws={"label": "towards dropping more"}
+    )
     axis.set(xlabel="attention head of the observed layer", ylabel="")
     axis.tick_params(rotation=0)
     return figure
 
 
 def loss_by_share(constant: pd.DataFrame, learned: pd.DataFrame) -> Figure:
-    """Teacher-forced loss of a constant rate over what it keeps, and of each trained predictor at what it keeps."""
+    """Teacher-forced loss of a constant rate over its retention, and of each trained predictor at its own."""
+    constant = constant.sort_values("retention")
     figure, axis = axes_of(7.2, 3.2)
-    axis.plot(constant.kept, constant.loss, "-", color="#777777", label="constant rate")
-    axis.fill_between(constant.kept, constant.low, constant.high, color="#777777", alpha=0.2, linewidth=0)
+    axis.plot(constant.retention, constant.loss, "-", color="#777777", label="constant rate")
+    axis.fill_between(constant.retention, constant.low, constant.high, color="#777777", alpha=0.2, linewidth=0)
     error = np.stack([learned.loss - learned.low, learned.high - learned.loss])
-    axis.errorbar(learned.kept, learned.loss, error, fmt="o", color="#D55E00", capsize=3, label="DyRate")
-    axis.set(xlabel="mean kept share of image tokens", ylabel="cross-entropy (nats a token)")
+    axis.errorbar(learned.retention, learned.loss, error, fmt="o", color="#D55E00", capsize=3, label="DyRate")
+    axis.set(xlabel="mean retention ratio", ylabel="cross-entropy (nats a token)")
     axis.legend(loc="upper right")
     return figure

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from dyrate.segments import SEGMENTS
 
-plt.style.use(Path(__file__).parent.with_name("study.mplstyle"))
+plt.style.use(Path(__file__).with_name("study.mplstyle"))
 
 SEGMENT_COLOURS = dict(zip(SEGMENTS, ("#999999", "#E69F00", "#0072B2", "#009E73"), strict=True))
 TASK_COLOURS = {"description": "#0072B2", "recap": "#009E73", "look_late": "#D55E00", "caption": "#CC79A7"}

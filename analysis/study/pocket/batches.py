@@ -1,9 +1,9 @@
-"""What the pocket LLaVA is taught: batch after batch of scenes with many turns each, made as they are needed."""
+"""What the pocket LLaVA is trained on: batch after batch of scenes with many turns each, made as they are needed."""
 
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,9 +13,6 @@ from torch.utils.data import Dataset
 from study.pocket import language
 from study.pocket.scenes import COLOURS, GRID, PLACES, THINGS, WORDS, Group, Scene, compose, render, seeds
 from study.pocket.vlm import SYSTEM
-
-if TYPE_CHECKING:
-    from study.pocket.train import Config
 
 IGNORE = -100
 N_PATCHES = GRID * GRID
@@ -28,6 +25,22 @@ SLOTS = {
     "existence": {"yes", "no"},
     "reading": set(WORDS),
 }
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training. Steps, batch sizes and peak learning rates of the two stages; `study.pocket.train` says their purpose."""
+
+    tower_steps: int = 1700
+    tower_batch: int = 64
+    tower_learning_rate: float = 2e-3
+    language_steps: int = 2700
+    language_batch: int = 24
+    language_learning_rate: float = 1.5e-3
+    questions: int = 12  # turns of questions for each picture
+    drop_share: float = 0.6  # of the steps in the last quarter drop image tokens
+    drop_layer: int = 2  # first layer that misses them
+    seed: int = 0
 
 
 class Batches(Dataset):
@@ -71,23 +84,23 @@ class Batches(Dataset):
         return ids if first else ids[1:]  # without the leading <s>
 
     def _patch_words(self, scene: Scene, picture) -> np.ndarray:
-        """Tokens (144, 6) of the words for each patch's group: both forms of its name, and what is told about it."""
-        found = np.full((GRID, GRID, 6), IGNORE)
+        """Token ids (144, 6) for each patch's group: both forms of its name, and its properties."""
+        ids = np.full((GRID, GRID, 6), IGNORE)
         for group, cover in zip(scene.groups, picture.cover, strict=True):
-            found[cover, :2] = self.tokenizer.convert_tokens_to_ids(_last_words(group.thing))
-            found[cover, 2:] = self._told(group)
-        return found.reshape(N_PATCHES, 6)
+            ids[cover, :2] = self.tokenizer.convert_tokens_to_ids(_last_words(group.thing))
+            ids[cover, 2:] = self._properties(group)
+        return ids.reshape(N_PATCHES, 6)
 
-    def _told(self, group: Group) -> list[int]:
-        """Tokens of a group's count, colour and place; four, the last may be IGNORE."""
-        said = [language.COUNTS[group.count - 1], group.colour, *PLACES[group.place].split()]
-        return (self.tokenizer.convert_tokens_to_ids(said) + [IGNORE])[:4]
+    def _properties(self, group: Group) -> list[int]:
+        """Token ids of a group's count, colour and place; four, the last may be IGNORE."""
+        words = [language.COUNTS[group.count - 1], group.colour, *PLACES[group.place].split()]
+        return (self.tokenizer.convert_tokens_to_ids(words) + [IGNORE])[:4]
 
     def _nouns(self, scene: Scene, prompt: list[int]) -> list[list[int]]:
-        """For each token of a question (length, 4): at a thing's name what is told about it, or "no" where it is absent."""
-        told = {thing: [self.tokenizer.convert_tokens_to_ids("no"), *[IGNORE] * 3] for thing in THINGS}
-        told |= {group.thing: self._told(group) for group in scene.groups}
-        return [told[self.thing[i]] if i in self.thing else [IGNORE] * 4 for i in prompt]
+        """For each token of a question (length, 4): at a thing's name its properties, or "no" where it is absent."""
+        properties = {thing: [self.tokenizer.convert_tokens_to_ids("no"), *[IGNORE] * 3] for thing in THINGS}
+        properties |= {group.thing: self._properties(group) for group in scene.groups}
+        return [properties[self.thing[i]] if i in self.thing else [IGNORE] * 4 for i in prompt]
 
     def _turns(self, scene: Scene) -> list[language.Turn]:
         rng = random.Random(f"turns {scene.seed}")
@@ -98,7 +111,7 @@ class Batches(Dataset):
             kind = kinds[len(turns) % len(kinds)]
             if kind == "reading" and (scene.word is None or any(t.task == "qa_reading" for t in turns)):
                 kind = rng.choice(("count", "relation", "existence"))
-            turns.append(language.question(scene, kind, telling=len(turns)))
+            turns.append(language.question(scene, kind, variant=len(turns)))
         return turns
 
     def _packed(self, scene: Scene) -> dict:

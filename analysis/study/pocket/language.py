@@ -1,6 +1,6 @@
-"""What is said about a scene: captions, descriptions, questions and answers, in plain grammatical English.
+"""Texts about a scene: captions, descriptions, questions and answers, in plain grammatical English.
 
-All texts follow from the scene and a seed of their own, so that one scene can be told in many ways. `read_description`
+All texts follow from the scene and a seed of their own (`variant`), so that one scene has many. `read_description`
 goes the other way: it reads a description back into groups, which is how generated text is scored.
 """
 
@@ -71,12 +71,12 @@ def captions(scene: Scene, n: int = 5) -> list[str]:
     return [_sentence(form) for form in rng.sample(forms, n)]
 
 
-def description(scene: Scene, telling: int = 0) -> str:
+def description(scene: Scene, variant: int = 0) -> str:
     """Every group with colour, count and place, in random order and varied words: 30 to 70 tokens."""
-    rng = random.Random(f"description {scene.seed} {telling}")
+    rng = random.Random(f"description {scene.seed} {variant}")
     groups = rng.sample(scene.groups, len(scene.groups))
     few = len(groups) <= 3
-    sentences = _told(groups, rng, size=few)
+    sentences = _sentences(groups, rng, size=few)
     if few or (len(groups) < 6 and rng.random() < 0.3):
         sentences.insert(0, _opening(len(groups), rng))
     if few or rng.random() < 0.3:
@@ -86,35 +86,35 @@ def description(scene: Scene, telling: int = 0) -> str:
     return " ".join(sentences)
 
 
-def recap(scene: Scene, telling: int = 0) -> str:
-    """A description whose last sentence only repeats what was said: late words do not need the image."""
-    rng = random.Random(f"recap {scene.seed} {telling}")
+def recap(scene: Scene, variant: int = 0) -> str:
+    """A description whose last sentence only repeats what stands before it: late tokens do not need the image."""
+    rng = random.Random(f"recap {scene.seed} {variant}")
     groups = rng.sample(scene.groups, len(scene.groups))
-    return " ".join([*_told(groups, rng), _summary(groups, rng)])
+    return " ".join([*_sentences(groups, rng), _summary(groups, rng)])
 
 
-def look_late(scene: Scene, telling: int = 0) -> str:
-    """A description, its summary, then one group not said before: the last words need the image."""
-    rng = random.Random(f"look_late {scene.seed} {telling}")
+def look_late(scene: Scene, variant: int = 0) -> str:
+    """A description, its summary, then one group not named before: the last tokens need the image."""
+    rng = random.Random(f"look_late {scene.seed} {variant}")
     *groups, last = rng.sample(scene.groups, len(scene.groups))
     where = place_phrase(last.place, rng)
     ending = rng.choice(
         (f"One thing is left: {where} {_be(last)} {noun_phrase(last)}.", f"Last, {where} {_be(last)} {noun_phrase(last)}.")
     )
-    return " ".join([*_told(groups, rng), _summary(groups, rng), ending])
+    return " ".join([*_sentences(groups, rng), _summary(groups, rng), ending])
 
 
-def long_turn(scene: Scene, task: str, telling: int = 0, prompt: int | None = None) -> Turn:
+def long_turn(scene: Scene, task: str, variant: int = 0, prompt: int | None = None) -> Turn:
     """A description, recap or look_late turn. prompt: which wording of the instruction (default: drawn)."""
-    tell = {"description": description, "recap": recap, "look_late": look_late}[task]
+    write = {"description": description, "recap": recap, "look_late": look_late}[task]
     wordings = PROMPTS[task]
-    chosen = random.Random(f"prompt {scene.seed} {telling}").randrange(len(wordings)) if prompt is None else prompt
-    return Turn(task, wordings[chosen], tell(scene, telling))
+    chosen = random.Random(f"prompt {scene.seed} {variant}").randrange(len(wordings)) if prompt is None else prompt
+    return Turn(task, wordings[chosen], write(scene, variant))
 
 
-def question(scene: Scene, kind: str, telling: int = 0) -> Turn | None:
+def question(scene: Scene, kind: str, variant: int = 0) -> Turn | None:
     """A question of one kind with its short answer, or None where the scene has nothing to ask (no word, no contrast)."""
-    rng = random.Random(f"{kind} {scene.seed} {telling}")
+    rng = random.Random(f"{kind} {scene.seed} {variant}")
     group = rng.choice(scene.groups)
     the = f"the {_name(group)}"
     if kind == "count":
@@ -162,7 +162,7 @@ def _existence(scene: Scene, rng: random.Random) -> Turn:
     return Turn("qa_existence", f"Is there {article} {colour} {thing}?", answer)
 
 
-def _told(groups: list[Group], rng: random.Random, size: bool = False) -> list[str]:
+def _sentences(groups: list[Group], rng: random.Random, size: bool = False) -> list[str]:
     """Sentences that name the groups with colour, count and place; two a sentence where there are many."""
     sentences, rest = [], list(groups)
     while rest:

@@ -1,6 +1,6 @@
-"""What the pocket LLaVA is trained for: seeing, naming, finding, and saying; each a loss with scores to watch.
+"""The losses that train the pocket LLaVA, each with scores to watch: of the tower, the projector, the nouns and the text.
 
-The loss of the words alone falls nicely while binding is not learned. The other objectives ask for its steps one by one.
+The text's loss alone falls while binding is not learned. The other objectives ask for its steps one by one.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Lab(nn.Module):
         self.cls = nn.Linear(width, 128)
         self.scale = nn.Parameter(torch.tensor(math.log(10.0)))
         self.align = nn.RMSNorm(self.model.config.text_config.hidden_size)
-        self.found = nn.RMSNorm(self.model.config.text_config.hidden_size)
+        self.align_noun = nn.RMSNorm(self.model.config.text_config.hidden_size)
         self.noun_layer = self.model.config.text_config.num_hidden_layers // 2 - 1
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,9 +76,9 @@ class Lab(nn.Module):
 
     @torch.no_grad()
     def condition_projector(self, patches: Tensor) -> None:
-        """Start the projector from what the trained tower says: whitened, centred, as large as a word's embedding.
+        """Start the projector from the trained tower's features: whitened, centred, as large as a token's embedding.
 
-        The tower's patches share a constant part many times larger than what tells them apart. Left in, it makes all
+        The tower's patches share a constant part many times larger than what distinguishes them. Left in, it makes all
         image tokens nearly equal for the decoder: position does not pass, and binding is learned late or never.
         """
         projector, words = self.model.model.multi_modal_projector, self.model.model.language_model.embed_tokens
@@ -96,17 +96,17 @@ class Lab(nn.Module):
         projector.linear_2.bias.copy_(-scale * y.mean(0))
 
     def word_loss(self, patches: Tensor, words: Tensor) -> Tensor:
-        """A dense objective in the decoder's own words: projected patches should resemble what is said of their group.
+        """A dense objective in the decoder's vocabulary: projected patches should resemble the tokens that describe their group.
 
         words (batch, 144, 6): tokens of count, colour, thing and place. Without it the tower forgets where a patch is,
-        and the words for places stay at chance long after those for things are right.
+        and the tokens for places stay at chance long after those for things are right.
         """
         shown = (words != IGNORE).any(-1)
         features = self.align(self.model.model.multi_modal_projector(patches[shown]).float())
         return self._resembles(features, words[shown])[0]
 
     def _resembles(self, features: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of saying each of `words` (n, any number) from features (n, width), and the share among the likeliest."""
+        """Loss of predicting each of `words` (n, any number) from features (n, width), and the share among the likeliest."""
         wanted = words != IGNORE
         logits = (features @ self.model.model.language_model.embed_tokens.weight.T).float()
         chances = logits.log_softmax(-1).gather(1, words.clamp(min=0))
@@ -117,9 +117,9 @@ class Lab(nn.Module):
     def language_loss(self, patches: Tensor, batch: dict, n_kept: int, drop_layer: int) -> tuple[Tensor, dict]:
         """Next-token loss over all packed turns. n_kept: image tokens that layers >= drop_layer see.
 
-        Beside it, at half depth: the noun of a question should say what its group is like. An answer needs two steps,
-        finding the group by its name and telling one thing about it; left alone neither is learned, for each is of no
-        use without the other.
+        Beside it, at half depth: the noun of a question should predict its group's properties. An answer needs two steps,
+        finding the group by its name and reading one property; left alone neither is learned, for each is of no use
+        without the other.
         """
         inner = self.model.model
         ids, turn, positions = batch["ids"], batch["turn"], batch["positions"]
@@ -145,7 +145,7 @@ class Lab(nn.Module):
             hidden = layer(hidden, attention_mask=bias[:, None], position_embeddings=(cos, sin))
             if i == self.noun_layer:
                 noun = (batch["noun"] != IGNORE).any(-1)
-                noun_loss, noun_hits = self._resembles(self.found(hidden[noun].float()), batch["noun"][noun])
+                noun_loss, noun_hits = self._resembles(self.align_noun(hidden[noun].float()), batch["noun"][noun])
         wanted = batch["labels"] != IGNORE
         logits = self.model.lm_head(inner.language_model.norm(hidden[wanted])).float()
         labels, weight, slot = batch["labels"][wanted], batch["weight"][wanted], batch["slot"][wanted]
@@ -160,7 +160,7 @@ class Lab(nn.Module):
 
 
 def _kept_columns(n_rows: int, length: int, first: int, n_kept: int, device) -> Tensor:
-    """Columns (rows, length - dropped) that stay: all text and a random `n_kept` of each row's image tokens."""
+    """Columns (rows, length - dropped) that are kept: all text and a random `n_kept` of each row's image tokens."""
     chosen = torch.rand(n_rows, N_PATCHES, device=device).argsort(1)[:, :n_kept].sort(1).values + first
     before = torch.arange(first, device=device).expand(n_rows, -1)
     after = torch.arange(first + N_PATCHES, length, device=device).expand(n_rows, -1)

@@ -2,8 +2,8 @@
 
     python -m study.pocket.train --work build/pocket --out data/pocket
 
-Stage *tower* teaches the vision tower what each patch shows (a dense objective on patches that show a group or a word) and
-its [CLS] what the caption says (contrastively). Stage *language* trains everything: one picture carries many turns in
+Stage *tower* trains the vision tower on what each patch shows (a dense objective on patches that show a group or a word) and its
+[CLS] on the caption (contrastively). Stage *language* trains everything: one picture carries many turns in
 one sequence, each of which sees the shared prefix and itself. In its last quarter image tokens are dropped at random in
 the deeper layers. A run killed at any moment goes on from its last checkpoint when started again.
 """
@@ -18,7 +18,7 @@ import platform
 import random
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -29,25 +29,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dyrate.atomic import write_whole
-from study.pocket.batches import N_PATCHES, Batches
+from study.pocket.batches import N_PATCHES, Batches, Config
 from study.pocket.objectives import Lab
 from study.pocket.vlm import build_processor
-
-
-@dataclass(frozen=True)
-class Config:
-    """One run. Steps, batch sizes and peak learning rates of the two stages; see the module's text for their purpose."""
-
-    tower_steps: int = 1700
-    tower_batch: int = 64
-    tower_rate: float = 2e-3
-    language_steps: int = 2700
-    language_batch: int = 24
-    language_rate: float = 1.5e-3
-    questions: int = 12  # turns of questions for each picture
-    drop_share: float = 0.6  # of the steps in the last quarter drop image tokens
-    drop_layer: int = 2  # first layer that misses them
-    seed: int = 0
 
 
 class Run:
@@ -128,16 +112,16 @@ class Run:
             step = self.done[stage]
             torch.manual_seed(step)  # which tokens a step drops does not depend on interruptions
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = getattr(config, f"{stage}_rate") * _schedule(step, steps)
+                group["lr"] = getattr(config, f"{stage}_learning_rate") * _schedule(step, steps)
             batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
             pixels = _normalized(batch.pop("pixels"))
             with torch.autocast(torch.device(self.device).type, torch.bfloat16):
                 patches, pooled = self.lab.see(pixels)
                 loss, scores = self.lab.tower_loss(patches, pooled, batch)
                 if stage == "language":
-                    more, told = self.lab.language_loss(patches, batch, self._n_kept(step, steps), config.drop_layer)
-                    loss = 0.3 * (loss + self.lab.word_loss(patches, batch["patch_words"])) + more
-                    scores = {f"sees_{k}": v for k, v in scores.items()} | told
+                    spoken, more = self.lab.language_loss(patches, batch, self._n_kept(step, steps), config.drop_layer)
+                    loss = 0.3 * (loss + self.lab.word_loss(patches, batch["patch_words"])) + spoken
+                    scores = {f"sees_{k}": v for k, v in scores.items()} | more
             self.lab.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.lab.parameters(), 1.0)

@@ -65,7 +65,7 @@ def build_processor() -> LlavaProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """The untrained model. Its width is the trial's (192): enough for this world, cheap on two cores."""
+    """The untrained model. Its width (192) suffices for these scenes, and is cheap on two cores."""
     ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -90,7 +90,7 @@ def place_waves(width: int, amplitude: float = 0.7) -> Tensor:
     """Sines and cosines of each patch's row and column, (144, width).
 
     With small random position embeddings the tower names things well and forgets where they are: after 100,000 scenes
-    left and right could not be told apart from a projected patch.
+    left and right could not be distinguished from a projected patch.
     """
     rate = torch.logspace(math.log10(math.pi / 24), math.log10(math.pi), width // 4)
     angle = torch.arange(GRID)[:, None] * rate

@@ -1,0 +1,143 @@
+"""Chapter 3, what dropping image tokens costs: every strategy at several retention ratios, against the unpruned model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import pandas as pd
+
+import dyrate
+from dyrate.data import Examples
+from dyrate.models import describe
+from dyrate.strategies import STRATEGIES
+from study import controls  # noqa: F401  (registers its strategies)
+from study.answers import Condition, answer_all
+from study.book import ROOT
+from study.examples import examples as study_examples
+from study.examples import has_scenes
+from study.intervals import bootstrap, verdict
+from study.lmms_results import read_results, table_1
+from study.predictors import condition_of
+from study.scores import caption_measures, compare, method_scores, scored
+
+UNITS = {"caption": "CIDEr (1 = what papers print as 100)", "questions": "right answers (share)"}
+INTERVAL = ["value", "low", "high", "n"]
+
+
+@dataclass
+class Comparison:
+    """What the chapter measured. about: `dyrate.models.describe` of the model; rows: `scored` answers of all conditions."""
+
+    about: dict
+    examples: Examples
+    rows: pd.DataFrame
+
+    @cached_property
+    def by_task(self) -> pd.DataFrame:
+        """`compare` of every condition on every task."""
+        return compare(self.rows)
+
+    @cached_property
+    def by_group(self) -> pd.DataFrame:
+        """`compare` of every condition on descriptions, captions and all questions together."""
+        return compare(self.rows.assign(task=self.rows.task.map(group_of)))
+
+    @property
+    def units(self) -> dict[str, str]:
+        """What the score is of each group of tasks."""
+        return {group: UNITS.get(group, "right slots (share)") for group in dict.fromkeys(self.by_group.task)}
+
+    def captions(self, retention: float) -> pd.DataFrame:
+        """The caption field's measures of each strategy at one retention ratio, and of the unpruned model."""
+        at = (self.rows.budget == retention) | (self.rows.method == "Full")
+        return caption_measures(self.rows[at & (self.rows.task == "caption")], self.examples)
+
+    def difference(self, one: str, other: str, task: str) -> dict:
+        """Paired difference in score between two methods on a task, mean over retention ratios, with its interval."""
+        return bootstrap((method_scores(self.rows, one, task) - method_scores(self.rows, other, task)).dropna())
+
+    def ranked(self, task: str, retention: float) -> pd.DataFrame:
+        """Rows of `by_group` for a task's group at one retention ratio, highest score first; without the oracle."""
+        at = self.by_group[(self.by_group.task == group_of(task)) & (self.by_group.budget == retention)]
+        return at[at.method != "Oracle"].sort_values("value", ascending=False)
+
+    def unpruned(self, task: str) -> pd.Series:
+        """The row of `by_group` for a task's group without pruning."""
+        return self.by_group[(self.by_group.task == group_of(task)) & (self.by_group.method == "Full")].iloc[0]
+
+
+def measure(
+    *, model: str, source: str, tasks: Sequence[str], n: int, retentions: Sequence[float], strategies: Sequence[str],
+    predictors: str, pattern: str, max_new_tokens: int, batch_size: int, seed: int, store: str, device_map: str = "", **_,
+) -> Comparison:  # fmt: skip
+    """Answers under every strategy at every retention ratio, and under the trained predictors. Parameters: the notebook's."""
+    loaded, processor = dyrate.load(model, device_map=device_map or None)
+    about = describe(loaded)
+    examples = study_examples(source, n, tasks=tasks, seed=seed)
+    conditions = lineup(retentions, about["layers"], strategies, scenes=has_scenes(examples))
+    if predictors:
+        conditions += [condition_of(folder) for folder in sorted((ROOT / predictors).glob(pattern))]
+    answers = answer_all(
+        loaded, processor, conditions, examples, ROOT / store, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed
+    )
+    return Comparison(about, examples, scored(answers, examples))
+
+
+def lineup(retentions: Sequence[float], n_layers: int, names: Sequence[str] = (), *, scenes: bool = True) -> list[Condition]:
+    """Strategies to compare: Full, and each of `names` (default: all that are `compared`) at each retention ratio.
+
+    scenes: False for photographs, of which nobody knows what they show: without the strategies that need to. Raises
+    ValueError for a name that no strategy has.
+    """
+    known = {name: cls for name, cls in STRATEGIES.items() if scenes or "scene" not in cls.needs}
+    chosen = list(names) or [name for name, cls in known.items() if cls.compared and name != "Full"]
+    if unknown := set(chosen) - set(STRATEGIES):
+        raise ValueError(f"no strategy is called {sorted(unknown)}; there are {sorted(STRATEGIES)}")
+    conditions = [Condition("Full", STRATEGIES["Full"](), "Full")]
+    for name in chosen:
+        conditions += [Condition(f"{name} {x:g}", STRATEGIES[name].at(x, n_layers), name, x) for x in retentions]
+    return conditions
+
+
+def group_of(task: str) -> str:
+    """The group of tasks that share a panel: all questions, or the task itself."""
+    return "questions" if task.startswith("qa_") else task
+
+
+def short_answers(folder: str) -> tuple[pd.DataFrame, pd.DataFrame | None, str]:
+    """The paper's Table I as reported, with a run of lmms-eval below it: the table, that run's results, the table's caption.
+
+    folder: of lmms-eval's results, relative to the repository; "": none, and None for its results.
+    """
+    table = pd.read_csv(ROOT / "data/reported/table1_short_generation.csv", dtype=str).drop(columns="blank_cells_inferred")
+    caption = "Reported (arXiv:2501.14204, Table I): short answers. Blank: not printed."
+    if not folder:
+        return table, None, caption
+    measured = read_results(ROOT / folder)
+    table = pd.concat([table.assign(source="reported"), table_1(measured).assign(source="measured")], ignore_index=True)
+    harnesses = ", ".join(measured.harness.unique())
+    return table, measured, f"{caption} Rows marked measured: {harnesses}; samples and prompts are in the results' CSV."
+
+
+def finding(measured: Comparison, task: str, retention: float) -> str:
+    """Which strategy scores highest at one retention ratio, and whether FastV's ranking and others beat random pruning."""
+    ranked, full = measured.ranked(task, retention), measured.unpruned(task)
+    best, worst = ranked.iloc[0], ranked.iloc[-1]
+    group = best.task.replace("_", " ")
+    text = (
+        f"At a retention ratio of {100 * retention:.0f} % {best.method} scores highest on {group.removesuffix('s')}s: "
+        f"{best.value:.2f} against {full.value:.2f} unpruned (lowest: {worst.method}, {worst.value:.2f})"
+    )
+    if {"FastV", "RandomPrune"} <= set(ranked.method):
+        ranking = measured.difference("FastV", "RandomPrune", task)
+        published = ranked[[not STRATEGIES[method].control for method in ranked.method]]
+        below = list(published.method[published.value < ranked.value[ranked.method == "RandomPrune"].item()])
+        listed = f" ({', '.join(below)})" if below else ""
+        text += (
+            f". Over all retention ratios FastV's ranking {verdict(ranking)} random pruning ({ranking['value']:+.3f}, 95 % "
+            f"interval {ranking['low']:+.3f} to {ranking['high']:+.3f}); {len(below)} of {len(published)} published methods "
+            f"score below random pruning{listed}, each at its own computation"
+        )
+    return f"**{text}.**"

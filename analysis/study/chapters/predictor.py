@@ -1,0 +1,245 @@
+"""Chapter 2, a predictor for the rate: trained to budgets, does it meet them, what does it choose, and is it worth it?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+from transformers import PreTrainedModel
+
+import dyrate
+from dyrate import diagnostics
+from dyrate.data import Examples
+from dyrate.models import describe
+from dyrate.predictor import RatePredictor
+from dyrate.segments import SEGMENTS
+from dyrate.strategies.dyrate import DyRate
+from dyrate.teacher_forcing import Prepared, predicted_by_gradient, prepare_examples, rate_changes, teacher_forced
+from dyrate.training import Settings, Trained, Trainer, batches_to_learn, calibrate, trajectories, untrained
+from study.book import ROOT, Chapter
+from study.examples import examples as study_examples
+from study.intervals import bootstrap
+
+SHOWN = 0.33  # the budget whose predictor is shown, or the one next to it
+
+
+@dataclass
+class Predictors:
+    """The trained predictors, and on unseen examples what they do.
+
+    prepared: the unseen examples, to be teacher-forced. settings: of the predictor shown. trained: by budget. four_rates: as
+    the one shown, with four rates. measured_on: for captions. generation: how answers are generated.
+    """
+
+    model: PreTrainedModel
+    processor: object
+    unseen: Examples
+    prepared: list[Prepared]
+    settings: Settings
+    trained: dict[float, Trained]
+    four_rates: RatePredictor
+    measured_on: str
+    generation: dict
+
+    @property
+    def task(self) -> str:
+        """The first task, which most sentences are about."""
+        return self.unseen[0].task
+
+    @property
+    def shown(self) -> RatePredictor:
+        return self.trained[self.settings.budget].predictor
+
+    @cached_property
+    def history(self) -> pd.DataFrame:
+        """One row a budget and training step."""
+        return pd.concat([pd.DataFrame(t.history).assign(budget=budget) for budget, t in self.trained.items()])
+
+    @cached_property
+    def retention(self) -> pd.DataFrame:
+        """The mean retention of greedy generation for each budget, with 95 % intervals over answers."""
+        rows = []
+        for budget, trained in self.trained.items():
+            paths = trajectories(self.model, self.processor, DyRate.of(trained.predictor), self.unseen, **self.generation)
+            rows.append({"budget": budget} | bootstrap([np.mean(path) for path in paths.values()]))
+        return pd.DataFrame(rows)
+
+    @cached_property
+    def teacher_forced(self) -> dict[float, pd.DataFrame]:
+        """Every answer under each budget's predictor: task, loss (nats a token), retention, rates by step."""
+        return {b: pd.DataFrame(teacher_forced(self.model, t.predictor, self.prepared)) for b, t in self.trained.items()}
+
+    @cached_property
+    def answers(self) -> pd.DataFrame:
+        """The same under the predictor shown."""
+        return self.teacher_forced[self.settings.budget]
+
+    @cached_property
+    def rates(self) -> pd.DataFrame:
+        """The rate that the predictor shown chooses at each step of each answer: task, sequence, step, rate."""
+        rows = self.answers[["task", "rates"]].rename_axis("sequence").reset_index().explode("rates")
+        rows["step"] = rows.groupby("sequence").cumcount()
+        return rows.rename(columns={"rates": "rate"}).astype({"rate": float})[["task", "sequence", "step", "rate"]]
+
+    @cached_property
+    def weights(self) -> pd.DataFrame:
+        """How a deviation more attention of a head to a segment moves the choice of rate, one row a head."""
+        centred = self.shown.rates - self.shown.rates.mean()
+        slope = (centred @ self.shown.linear.weight.detach()).cpu()[: len(SEGMENTS) * self.shown.heads]
+        by_head = pd.DataFrame(slope.reshape(self.shown.heads, len(SEGMENTS)).numpy(), columns=list(SEGMENTS))
+        return by_head.rename_axis("head").reset_index()
+
+    @cached_property
+    def constant_answers(self) -> pd.DataFrame:
+        """Every answer under constant rates spread over the grid: rate, sequence, loss, retention."""
+        n_rates = self.settings.n_rates
+        rows = []
+        for rate in np.linspace(0, 1 - 1 / n_rates, min(n_rates, 12)):
+            answers = pd.DataFrame(teacher_forced(self.model, self.shown, self.prepared, rate=float(rate)))
+            rows.append(answers[["loss", "retention"]].rename_axis("sequence").reset_index().assign(rate=rate))
+        return pd.concat(rows)
+
+    @cached_property
+    def constant(self) -> pd.DataFrame:
+        """Loss and retention of each constant rate, means over answers, with 95 % intervals of the loss."""
+        return pd.DataFrame([_mean_loss(rows) for _, rows in self.constant_answers.groupby("rate")])
+
+    @cached_property
+    def learned(self) -> pd.DataFrame:
+        """The same of each budget's predictor."""
+        return pd.DataFrame([{"budget": budget} | _mean_loss(rows) for budget, rows in self.teacher_forced.items()])
+
+    def minus_constant(self) -> dict:
+        """Loss of the predictor shown minus that of a constant rate, interpolated at the same retention; over answers."""
+        wide = self.constant_answers.pivot(index="rate", columns="sequence", values="loss")
+        retention = self.constant_answers.groupby("rate").retention.mean().sort_values()
+        losses = wide.loc[retention.index].to_numpy()
+        same = [np.interp(self.answers.retention.mean(), retention, losses[:, i]) for i in range(losses.shape[1])]
+        return bootstrap(self.answers.loss - same)
+
+    @cached_property
+    def gradient(self) -> pd.DataFrame:
+        """`predicted_by_gradient` at the rate that the budget shown leaves, for tasks with long answers."""
+        tasks = {self.task, "caption"}
+        batches = [b for b in self.prepared if tasks & set(b.tasks)]
+        rows = predicted_by_gradient(
+            self.model, self.shown, batches, 1 - self.settings.budget, checkpointing=self.settings.checkpointing
+        )
+        return pd.DataFrame([row for row in rows if row["task"] in tasks])
+
+    @cached_property
+    def signs(self) -> pd.DataFrame:
+        """Signs of failure of each budget's predictor, one row each."""
+        rows = [{"budget": budget, "warns": sign.warns} | asdict(sign) for budget, t in self.trained.items() for sign in t.signs]
+        return pd.DataFrame(rows).rename(columns={"name": "sign"})[
+            ["budget", "sign", "measured", "unit", "limit", "above", "warns"]
+        ]
+
+
+def measure(
+    *, model: str, source: str, tasks: Sequence[str], n_train: int, n_validation: int, n_test: int, budgets: Sequence[float],
+    steps: int, batch: int, accumulate: int, checkpointing: bool, first_pruned_layer: int, residency: str, n_rates: int,
+    predictors: str, max_new_tokens: int, batch_size: int, seed: int, device_map: str = "", **_,
+) -> Predictors:  # fmt: skip
+    """Train a predictor for each budget and save it, and one with four rates. Parameters: the notebook's."""
+    loaded, processor = dyrate.load(model, device_map=device_map or None)
+    learn = study_examples(source, n_train, tasks=tasks, split="train", seed=seed)
+    check = study_examples(source, n_validation, tasks=tasks, split="validation", seed=seed + 1)
+    unseen = study_examples(source, n_test, tasks=tasks, split="test", seed=seed + 2)
+    shown = Settings(
+        budget=min(budgets, key=lambda budget: abs(budget - SHOWN)), steps=steps, batch=batch, accumulate=accumulate,
+        checkpointing=checkpointing, first_pruned_layer=first_pruned_layer, residency=residency, n_rates=n_rates, seed=seed,
+    )  # fmt: skip
+    four = replace(shown, n_rates=4)
+    four_rates = untrained(loaded, four, learn)
+    prepared = batches_to_learn(loaded, processor, four_rates, learn, four)  # for every budget the same
+    Trainer(loaded, four_rates, prepared, four).run()
+    trained = train_all(loaded, processor, [replace(shown, budget=b) for b in budgets], learn, prepared, check, batch_size)
+    for budget, training in trained.items():
+        training.predictor.about |= {"model": model, "n_train": len(learn)}
+        training.predictor.save_pretrained(ROOT / predictors / f"{residency}-{budget:g}")
+    about = describe(loaded)
+    measured_on = (
+        f"`{model}` ({about['family']}, {about['parameters'] / 1e6:.1f} M parameters), {len(learn)} answers to train, "
+        f"{len(check)} to calibrate, {len(unseen)} unseen to test, residency {residency}, seed {seed}"
+    )
+    test = prepare_examples(loaded, processor, four_rates, unseen, batch)
+    generation = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    return Predictors(loaded, processor, unseen, test, shown, trained, four_rates, measured_on, generation)
+
+
+def train_all(
+    model, processor, settings: Sequence[Settings], learn: Examples, prepared: list[Prepared], check: Examples, batch_size: int
+) -> dict[float, Trained]:
+    """`dyrate.training.train` for settings that differ in their budget alone, so that examples are prepared once."""
+    held_out = prepare_examples(model, processor, untrained(model, settings[0], learn), check, settings[0].batch)
+    trained = {}
+    for each in settings:
+        predictor = untrained(model, each, learn)
+        history = Trainer(model, predictor, prepared, each).run()
+        calibration = calibrate(model, processor, predictor, check, each.retention, batch_size=batch_size)
+        signs = diagnostics.signs(model, processor, predictor, held_out, history, check)
+        trained[each.budget] = Trained(predictor, history, calibration, signs)
+    return trained
+
+
+def _mean_loss(answers: pd.DataFrame) -> dict:
+    """Mean retention of some answers, and mean loss with its 95 % interval."""
+    loss = bootstrap(answers.loss)
+    return {"retention": answers.retention.mean(), "loss": loss.pop("value")} | loss
+
+
+def record(chapter: Chapter, measured: Predictors) -> None:
+    """The chapter's headline numbers and sentences."""
+    budget, forced = measured.settings.budget, measured.answers
+    change = bootstrap(rate_changes(forced[forced.task == measured.task].to_dict("records")))
+    four = rate_changes(teacher_forced(measured.model, measured.four_rates, measured.prepared))
+    versus = measured.minus_constant()
+    miss = 100 * (measured.retention.value - measured.retention.budget).abs().max()
+    signs = measured.signs[measured.signs.budget == budget].set_index("sign").measured
+    chapter.number("four_rates_change", np.mean(four))
+    chapter.number("rate_change", change)
+    chapter.number("rate_deviation", measured.rates.rate.std())
+    chapter.number("grid_step", 1 / measured.settings.n_rates)
+    chapter.number("n_rates", measured.settings.n_rates)
+    chapter.number("shown_budget", budget)
+    chapter.number("worst_miss_points", miss)
+    chapter.number("loss_minus_constant", versus)
+    chapter.number("rate_entropy", signs["entropy"])
+    chapter.number("information_task", signs["information on the task"])
+    chapter.number("information_step", signs["information on the step"])
+    chapter.text("shown_task", measured.task.replace("_", " "))
+    record_gradient(chapter, measured)
+    chapter.text("diagnosis", diagnostics.warnings_by_sign({b: trained.signs for b, trained in measured.trained.items()}))
+    rising = "rise" if change["low"] > 0 else "fall" if change["high"] < 0 else "neither rise nor fall significantly"
+    verdict = "has a lower loss than" if versus["high"] < 0 else "has a higher loss than" if versus["low"] > 0 else (
+        "shows no significant difference from")  # fmt: skip
+    chapter.text(
+        "predictor_finding",
+        f"**A linear predictor meets its budgets within {miss:.1f} points. Its rates {rising} over a "
+        f"{measured.task.replace('_', ' ')}, and at equal retention ({budget:g}) it {verdict} a constant rate "
+        f"({versus['value']:+.3f} nats a token, {versus['low']:+.3f} to {versus['high']:+.3f}).**",
+    )
+    chapter.text("predictor_measured_on", measured.measured_on)
+
+
+def record_gradient(chapter: Chapter, measured: Predictors) -> None:
+    """By how much the loss changes towards the ends of the grid, as measured and as the gradient predicts."""
+    start = 1 - measured.settings.budget
+    mean = measured.gradient[measured.gradient.task == measured.task].groupby("rate")[["loss", "predicted"]].mean()
+    changes = mean - mean.loss.iloc[np.abs(mean.index - start).argmin()]
+    ends = {"dropping": changes.iloc[-1], "keeping": changes.iloc[0]}
+    chapter.number("gradient_rate", start)
+    for end, change in ends.items():
+        chapter.number(f"really_{end}", change.loss)
+        chapter.number(f"predicted_{end}", change.predicted)
+    wrong = [end for end, change in ends.items() if change.loss * change.predicted < 0]
+    chapter.text(
+        "gradient_verdict",
+        f"For {' and '.join(wrong)} it has the wrong sign: the sum of what each token does alone is not what they do together."
+        if wrong
+        else "Its signs are right.",
+    )

@@ -1,0 +1,105 @@
+"""Profiles: which notebooks run with which parameters, and which trained predictors they read."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import nbformat
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((ROOT / "analysis").glob("[0-9][0-9]_*.ipynb"))
+
+Plan = list[tuple[Path, dict]]  # notebooks with the parameters that a profile gives them
+
+
+def read_plan(name: str, only: Sequence[str] = ()) -> tuple[str, Plan]:
+    """A profile's name, and the notebooks that it runs with their parameters."""
+    profile, parameters = read_profile(name)
+    chosen = choose(only)
+    if not only and profile_is_partial(parameters):
+        chosen = [notebook for notebook in chosen if notebook.stem in parameters]
+    return profile, [(notebook, parameters_of(notebook, parameters)) for notebook in chosen]
+
+
+def read_profile(name: str) -> tuple[str, dict[str, dict]]:
+    """A profile's name and its parameters: a mapping from "all" or a notebook's name to values."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else ROOT / "analysis" / "params" / f"{name}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in (ROOT / "analysis" / "params").glob("*.yaml")))
+        raise FileNotFoundError(f"no profile {name!r}: name a YAML file or one of {known}")
+    content = yaml.safe_load(path.read_text()) or {}
+    stems = {notebook.stem for notebook in NOTEBOOKS}
+    if not isinstance(content, dict) or any(not isinstance(v, dict) for v in content.values()):
+        raise ValueError(f"{path}: expected sections ('all' or a notebook's name) of parameters")
+    if unknown := set(content) - stems - {"all"}:
+        raise ValueError(f"{path}: no notebook is called {sorted(unknown)}; there are {sorted(stems)}")
+    return path.stem, content
+
+
+def profile_is_partial(parameters: dict[str, dict]) -> bool:
+    """A profile that names some notebooks, and has no section "all", means those."""
+    return bool(parameters) and "all" not in parameters
+
+
+def choose(only: Sequence[str]) -> list[Path]:
+    """The notebooks whose names begin with one of `only`; all of them without any."""
+    chosen = [n for n in NOTEBOOKS if not only or any(n.name.startswith(o) for o in only)]
+    missing = [o for o in only if not any(n.name.startswith(o) for n in NOTEBOOKS)]
+    if missing:
+        raise ValueError(f"no notebook begins with {missing}; there are {[n.stem for n in NOTEBOOKS]}")
+    return chosen
+
+
+def parameters_of(notebook: Path, profile: dict[str, dict]) -> dict:
+    """The profile's values for one notebook; an unknown parameter is an error (papermill would only warn)."""
+    values = {**profile.get("all", {}), **profile.get(notebook.stem, {})}
+    known = defaults(notebook)
+    if unknown := set(values) - set(known):
+        raise ValueError(f"{notebook.name} has no parameter {sorted(unknown)}; it has {sorted(known)}")
+    return values
+
+
+def defaults(notebook: Path) -> dict:
+    """A notebook's parameters as it stands."""
+    cell = next(c for c in nbformat.read(notebook, 4).cells if "parameters" in c.metadata.get("tags", []))
+    return {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(cell.source).body}
+
+
+def planned(plan: Plan) -> dict[str, list[str]]:
+    """The predictors that chapter 2 will have trained when later chapters want them: folder -> names."""
+    found = {}
+    for notebook, values in plan:
+        if notebook.stem.startswith("02"):
+            v = {**defaults(notebook), **values}
+            found[v["predictors"]] = [f"{v['residency']}-{budget:g}" for budget in v["budgets"]]
+    return found
+
+
+def wanted_predictors(notebook: Path, values: dict) -> list[Path]:
+    """Folders of trained predictors that a chapter reads: paths whose last part may be a pattern."""
+    v = {**defaults(notebook), **values}
+    paths = [line["predictor"] for line in v.get("ablations", []) if "predictor" in line]
+    paths += [v["predictor"]] if "predictor" in v else []
+    patterns = [f"{start}*" for start in (v["prefix"], *v["others"].values())] if "prefix" in v else []
+    patterns += [v["pattern"]] if v.get("pattern") and v["predictors"] else []
+    return [Path(path) for path in paths] + [Path(v["predictors"]) / pattern for pattern in patterns]
+
+
+def reads(notebook: Path, values: dict, coming: Iterable[str]) -> bool:
+    """Whether a chapter reads predictors that are still to be trained into one of these folders."""
+    return any(path.parent == Path(folder) for path in wanted_predictors(notebook, values) for folder in coming)
+
+
+def predictors_of(notebook: Path, values: dict, coming: dict[str, list[str]] | None = None) -> list[Path]:
+    """The predictors that a chapter reads. Raises FileNotFoundError if one is missing and not `coming` either."""
+    found = []
+    for path in wanted_predictors(notebook, values):
+        trained = [path.parent / name for name in (coming or {}).get(str(path.parent), [])]
+        there = [*(ROOT / path.parent).glob(path.name), *(ROOT / folder for folder in trained if folder.match(path.name))]
+        if not there:
+            raise FileNotFoundError(f"{notebook.stem}: no predictor {path}: run chapter 02 first, with the same profile")
+        found += there
+    return sorted(set(found))

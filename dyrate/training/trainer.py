@@ -1,0 +1,217 @@
+"""One training, step by step."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from dyrate import diagnostics
+from dyrate.atomic import write_whole
+from dyrate.cost import remaining, shape_of
+from dyrate.predictor import RatePredictor, gumbel_noise, gumbel_one_hot
+from dyrate.teacher_forcing import Prepared, frozen, masked_logits, masks_over_steps
+from dyrate.training.settings import Settings
+
+SAVE_EVERY = WARN_EVERY = 25  # steps
+
+
+@dataclass
+class Draw:
+    """What was drawn for one batch: logits of the rates, masks (batch, step, image_token), and the cost that remains."""
+
+    prepared: Prepared
+    logits: Tensor
+    masks: Tensor
+    cost: Tensor
+
+
+class Trainer:
+    """Trains a predictor on prepared batches. `run` takes one `train_step` after the other; the rest serves that.
+
+    step, multiplier, history: how far it has come, which a checkpoint holds beside the weights and Adam's moments.
+    """
+
+    def __init__(
+        self, model, predictor: RatePredictor, batches: list[Prepared], settings: Settings, *, work: Path | None = None,
+        progress: bool = True,
+    ):  # fmt: skip
+        self.model, self.predictor, self.batches, self.settings = model, predictor, batches, settings
+        self.progress = progress
+        self.checkpoint = None if work is None else Path(work) / "predictor-state.safetensors"
+        self.shape = shape_of(model)
+        self.optimizer = torch.optim.Adam(predictor.parameters(), lr=settings.learning_rate)
+        self.step, self.multiplier = 0, 0.0
+        self.history: list[dict] = []
+        self.warned: set[str] = set()
+        self.start()
+
+    def start(self) -> None:
+        """Standardise the features, and let the predictor begin at the budget."""
+        features = torch.cat([b.features[b.valid] for b in self.batches])
+        self.predictor.start_at(self.settings.budget if self.settings.unit == "retention" else 0.5, features)
+        _average([self.predictor.mean, self.predictor.deviation])
+
+    def run(self) -> list[dict]:
+        """All steps that are left, from the checkpoint where there is one. Returns the history."""
+        if self.checkpoint is not None and self.checkpoint.exists():
+            self.load()
+        name = f"predictor for {self.settings.budget:.2f} {self.settings.unit}"
+        with (
+            frozen(self.model),
+            tqdm(initial=self.step, total=self.settings.steps, desc=name, disable=not self.progress) as bar,
+        ):
+            while self.step < self.settings.steps:
+                self.train_step()
+                self.step += 1
+                bar.update()
+                bar.set_postfix_str("loss {loss:.3f}, cost {cost:.3f}, spread {spread:.3f}".format(**self.history[-1]))
+                if self.step % WARN_EVERY == 0:
+                    self.warn(bar.write)
+                if self.checkpoint is not None and (self.step % SAVE_EVERY == 0 or self.step == self.settings.steps):
+                    self.save()
+        self.predictor.eval()
+        return self.history
+
+    # -- the schedules ---------------------------------------------------------------------------------------------------
+
+    @property
+    def done(self) -> float:
+        """The share of the steps that are done."""
+        return self.step / self.settings.steps
+
+    @property
+    def noise(self) -> float:
+        """The factor of the Gumbel noise: from 1 to 0 at `noise_until`."""
+        return max(0.0, 1 - self.done / self.settings.noise_until) if self.settings.noise_until else 0.0
+
+    @property
+    def temperature(self) -> float:
+        return self.settings.temperature + (self.settings.last_temperature - self.settings.temperature) * self.done
+
+    # -- one step --------------------------------------------------------------------------------------------------------
+
+    def train_step(self) -> None:
+        """Draw rates for all batches of the step, and descend on the loss plus the augmented Lagrangian of the budget."""
+        draws = self.draw_all()
+        cost = torch.stack([draw.cost.detach() for draw in draws]).mean()
+        _average([cost])
+        excess = float(cost) - self.settings.budget
+        # the gradient of multiplier * excess + penalty / 2 * excess^2, whose excess is the mean over all that accumulates
+        pull = self.multiplier + self.settings.budget_penalty * excess
+        self.optimizer.zero_grad()
+        loss = 0.0
+        for draw in draws:
+            task_loss = self.task_loss(draw)
+            ((task_loss + pull * draw.cost) / len(draws)).backward()
+            loss += float(task_loss.detach()) / len(draws)
+        gradient = self.descend()
+        self.multiplier += self.settings.budget_penalty / 30 * excess
+        self.record(draws, loss, float(cost), gradient)
+
+    def draw_all(self) -> list[Draw]:
+        """One draw for each batch of this step, from a random stream of the step's own."""
+        n = self.settings.accumulate
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.step)
+        return [self.draw(self.batch(self.step * n + i), generator) for i in range(n)]
+
+    def batch(self, i: int) -> Prepared:
+        """The i-th batch of an endless stream in which every epoch has an order of its own."""
+        n = len(self.batches)
+        order = random.Random(f"{self.settings.seed} {i // n}").sample(range(n), n)
+        return self.batches[order[i % n]]
+
+    def draw(self, prepared: Prepared, generator: torch.Generator) -> Draw:
+        """Rates with noise that an answer's steps share, the masks that follow, and what they cost."""
+        noise = gumbel_noise((len(prepared.labels), 1, self.settings.n_rates), generator).to(prepared.hidden.device) * self.noise
+        logits = self.predictor(prepared.features)
+        choice = gumbel_one_hot(logits, noise, self.temperature)
+        masks = masks_over_steps(choice, prepared, self.settings.residency)
+        n_image = prepared.image.sum(1)
+        n_text = prepared.real[:, : prepared.n_prompt].sum(1) - n_image
+        cost = remaining(
+            self.settings.unit, self.shape, masks.sum(-1), n_image, n_text, prepared.valid, self.settings.first_pruned_layer
+        )
+        return Draw(prepared, logits, masks, cost.mean())
+
+    def task_loss(self, draw: Draw) -> Tensor:
+        """Cross-entropy with the references, nats a token, or divergence from the unpruned model."""
+        prepared, valid = draw.prepared, draw.prepared.valid
+        logits = masked_logits(self.model, self.predictor, prepared, draw.masks, self.settings.checkpointing)[valid].float()
+        if prepared.teacher is None:
+            return F.cross_entropy(logits, prepared.labels[valid])
+        teacher = prepared.teacher[valid].float().log_softmax(-1)
+        return F.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="batchmean")
+
+    def descend(self) -> float:
+        """One step of Adam with the mean gradient of all processes, clipped to length 1. Returns its length before."""
+        _average([p.grad for p in self.predictor.parameters()])
+        length = torch.nn.utils.clip_grad_norm_(self.predictor.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * (1 - 0.9 * self.done)
+        self.optimizer.step()
+        return float(length)
+
+    def record(self, draws: Sequence[Draw], loss: float, cost: float, gradient: float) -> None:
+        """Append a row to the history. retention, spread: mean and deviation over steps and answers; entropy: nats a choice."""
+        shares = [(d.masks.detach().sum(-1) / d.prepared.image.sum(1)[:, None])[d.prepared.valid] for d in draws]
+        retention = torch.cat(shares)
+        logits = torch.cat([d.logits.detach()[d.prepared.valid] for d in draws])
+        self.history.append({
+            "step": self.step, "loss": loss, "cost": cost, "retention": float(retention.mean()), "spread": float(retention.std()),
+            "multiplier": self.multiplier, "gradient": gradient,
+            "entropy": float(torch.distributions.Categorical(logits=logits).entropy().mean()),
+        })  # fmt: skip
+
+    def warn(self, write: Callable[[str], None]) -> None:
+        """Write each sign of failure once, as soon as rates are drawn without noise."""
+        if self.noise == 0:
+            for sign in diagnostics.while_training(self.history, 1 / self.settings.n_rates):
+                if sign.name not in self.warned:
+                    write(f"warning at step {self.step}: {sign}")
+                self.warned.add(sign.name)
+
+    # -- the checkpoint --------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        tensors = {f"predictor.{name}": value for name, value in self.predictor.state_dict().items()}
+        for name, parameter in self.predictor.named_parameters():
+            tensors |= {f"adam.{name}:{moment}": value for moment, value in self.optimizer.state[parameter].items()}
+        tensors = {name: value.detach().cpu() for name, value in tensors.items()}
+        about = {"settings": asdict(self.settings), "step": self.step, "multiplier": self.multiplier, "history": self.history}
+        write_whole(self.checkpoint, lambda part: save_file(tensors, part, metadata={"about": json.dumps(about)}))
+
+    def load(self) -> None:
+        """Go on from the checkpoint. Raises ValueError if it is of a training with other settings."""
+        with safe_open(self.checkpoint, "pt") as file:
+            about = json.loads(file.metadata()["about"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        mine, theirs = asdict(self.settings), about["settings"]
+        if differing := [name for name in mine | theirs if mine.get(name) != theirs.get(name)]:
+            raise ValueError(
+                f"{self.checkpoint} holds a training with other settings ({', '.join(differing)}): name another folder, "
+                "or remove it to start anew"
+            )
+        weights = {name.removeprefix("predictor."): value for name, value in tensors.items() if name.startswith("predictor.")}
+        self.predictor.load_state_dict(weights)
+        for name, parameter in self.predictor.named_parameters():
+            moments = {moment: tensors[f"adam.{name}:{moment}"] for moment in ("step", "exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()}
+        self.step, self.multiplier, self.history = about["step"], about["multiplier"], about["history"]
+
+
+def _average(tensors: list[Tensor]) -> None:
+    """Under `torchrun` or `accelerate launch` every process trains on its part and steps with the mean gradient."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for x in tensors:
+            torch.distributed.all_reduce(x)
+            x /= torch.distributed.get_world_size()

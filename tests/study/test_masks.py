@@ -1,0 +1,71 @@
+"""Chapter 6: what is kept of scenes and photographs, and the figure to play with, tried in a browser."""
+
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dyrate
+from study.book import Chapter
+from study.chapters import masks
+from study.examples import examples
+from study.figures.masks import kept_patches
+from study.figures.slider import kept_slider
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def answer(shown):
+    kept = np.zeros((3, 16), bool)
+    kept[0], kept[1, :8], kept[2, 12:] = True, True, True
+    return masks.Answer("a", Image.new("RGB", (32, 32), "red"), ["a", "red", "cat"], kept, shown)
+
+
+def test_retention_by_answer_by_hand():
+    shown = np.arange(16) >= 14
+    (row,) = masks.by_answer([answer(shown)]).to_dict("records")
+    assert row == {"sample": "a", "row_bias": 0.0, "kept_first": 1, "shown_first": 1, "other_first": 1, "kept_last": 4 / 16,
+                   "shown_last": 1, "other_last": 2 / 14}  # fmt: skip
+    late = answer(shown)
+    late.kept = late.kept[2:]
+    assert late.row_bias == 0.5  # all in the last row
+
+
+def test_of_photographs_nothing_is_claimed_about_what_they_show(tmp_path):
+    table = masks.by_answer([answer(None)])
+    assert list(table) == ["sample", "row_bias", "kept_first", "kept_last"]
+    photographs = dyrate.Examples([dyrate.Example("a", "caption", "", ("a red cat",))], "photographs")
+    chapter = Chapter("06_masks", str(tmp_path))
+    masks.record(chapter, masks.Masks("`a`", "evict", dyrate.FastV(rate=0.5), photographs, [answer(None)]), table)
+    assert set(chapter.numbers) == {"row_bias", "kept_first", "kept_last", "first_pruned_layer"}
+    assert chapter.texts["masks_finding"] == "From the first token to the last the retention ratio goes from 1.00 to 0.25."
+    assert "scenes only" in chapter.texts["masks_on_content"]
+
+
+def test_kept_by_token_follows_the_trace():
+    model, processor = dyrate.load("pocket")
+    scenes = examples("pocket", 2, tasks=["qa_colour"])
+    answers = list(masks.kept_by_token(model, processor, dyrate.FastV(rate=0.75), scenes, max_new_tokens=6))
+    for one, scene in zip(answers, scenes, strict=True):
+        assert one.name == scene.name and one.kept.shape == (len(one.tokens), 144) and one.shown.shape == (144,)
+        assert (one.kept.mean(1) == 0.25).all()
+    assert len(kept_patches(answers).axes) == 12
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser")
+def test_the_slider_shows_what_is_kept(tmp_path):
+    kept = np.zeros((3, 16), bool)
+    kept[0], kept[1, :8], kept[2, :3] = True, True, True
+    figure = kept_slider("kept", Image.new("RGB", (32, 32), "red"), kept, ["a", "</script>", "cat"]).data
+    move = "<script>const r = document.querySelector('input'); r.value = 2; r.dispatchEvent(new Event('input'));</script>"
+    (tmp_path / "page.html").write_text(f"<!doctype html><body>{figure}{move}</body>")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/browser",
+               "--virtual-time-budget=3000", "--dump-dom", f"file://{tmp_path}/page.html"]  # fmt: skip
+    page = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert 'data-kept="3"' in page
+    assert "step 2: 3 of 16 image tokens kept" in page
+    assert re.search(r'<span style="font-weight: bold; opacity: 1;">cat ', page)
+    assert "http" not in figure.replace("http-equiv", "")
