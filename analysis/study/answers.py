@@ -12,8 +12,9 @@ import inspect
 import json
 import zlib
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
-from functools import cache
+from functools import cache, lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -23,6 +24,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
+from transformers import BatchFeature
 
 import dyrate
 from dyrate.atomic import write_whole
@@ -70,20 +72,19 @@ def answer_all(
     whole table. seed: of sampling.
     """
     base = {"model": _model(model, processor), "code": _code(), "versions": {p: version(p) for p in PACKAGES}}
-    batches = _batches(examples, batch_size)
+    settings = [{"max_new_tokens": max_new_tokens} | condition.settings for condition in conditions]
+    settings = [s | ({"seed": seed} if s.get("do_sample") else {}) for s in settings]
+    about = [base | {"strategy": described(c.strategy), "settings": s} for c, s in zip(conditions, settings, strict=True)]
     work: dict[Path, tuple[Condition, list[Example], dict]] = {}
-    table: list[tuple[Condition, Path]] = []
-    for condition in conditions:
-        settings = {"max_new_tokens": max_new_tokens} | condition.settings
-        settings |= {"seed": seed} if settings.get("do_sample") else {}
-        about = base | {"strategy": described(condition.strategy), "settings": settings}
-        for batch, contents in batches:
-            path = _path(Path(store), about | {"examples": contents})
-            work.setdefault(path, (condition, batch, settings))  # of equal conditions, one is measured
-            table.append((condition, path))
+    paths: list[list[Path]] = [[] for _ in conditions]
+    for batch, contents in _batches(examples, batch_size):  # one after the other, so that each is encoded once
+        for i, condition in enumerate(conditions):
+            path = _path(Path(store), about[i] | {"examples": contents})
+            paths[i].append(path)
+            work.setdefault(path, (condition, batch, settings[i]))  # of equal conditions, one is measured
     rows_of = _answered(model, processor, work, progress)
-    rows = pd.DataFrame([condition.columns | row for condition, path in table for row in rows_of[path]])
-    return rows.astype({"budget": float, "seed": "Int64"})
+    table = [c.columns | row for c, found in zip(conditions, paths, strict=True) for path in found for row in rows_of[path]]
+    return pd.DataFrame(table).astype({"budget": float, "seed": "Int64"})
 
 
 def _answered(model, processor, work: dict[Path, tuple[Condition, list[Example], dict]], progress: bool) -> dict[Path, list]:
@@ -97,12 +98,13 @@ def _answered(model, processor, work: dict[Path, tuple[Condition, list[Example],
     missing = [path for path in work if not path.exists()]
     state.wait_for_everyone()  # all have looked: they divide the same rest
     mine, measured = missing[state.process_index :: state.num_processes], []
+    inputs_of = lru_cache(maxsize=1)(partial(_inputs, model, processor))
     total = sum(len(work[path][1]) for path in mine)
     with tqdm(total=total, desc="answers", disable=not progress or not state.is_main_process) as bar:
         for path in mine:
             condition, batch, settings = work[path]
             bar.set_postfix_str(f"{condition.label}, {batch[0].task}")
-            rows = _measure(model, processor, condition.strategy, batch, settings)
+            rows = _measure(model, processor, inputs_of(tuple(batch)), condition.strategy, batch, settings)
             write_whole(path, json.dumps(rows) + "\n")
             measured.append((path, rows))
             bar.update(len(batch))
@@ -129,13 +131,21 @@ def _batches(examples: Examples, size: int) -> list[tuple[list[Example], list[li
     return [([example for example, _ in part], [content for _, content in part]) for part in parts]
 
 
-def _measure(model, processor, strategy: Strategy, batch: list[Example], settings: dict) -> list[dict]:
-    """The rows of one batch. settings: of `generate`, with the seed of sampling."""
+def _inputs(model, processor, batch: Sequence[Example]) -> tuple[BatchFeature, BatchFeature]:
+    """A batch as `encode` makes it, and with the vision tower's output, which is the same under most strategies."""
+    inputs = encode(processor, [e.image() for e in batch], [e.prompt for e in batch]).to(model.device, model.dtype)
+    with torch.inference_mode():
+        return inputs, BatchFeature(model._maybe_prepare_encoder_kwargs_for_generation(None, dict(inputs), None, None))
+
+
+def _measure(model, processor, inputs, strategy: Strategy, batch: list[Example], settings: dict) -> list[dict]:
+    """The rows of one batch. inputs: from `_inputs`. settings: of `generate`, with the seed of sampling."""
     settings = dict(settings)
     if (seed := settings.pop("seed", None)) is not None:  # a batch draws the same tokens in every run
         torch.manual_seed(zlib.crc32(f"{seed} {batch[0].name}".encode()))
-    inputs = encode(processor, [e.image() for e in batch], [e.prompt for e in batch])
-    answers = answer_batch(model, processor, inputs, strategy, batch, **settings)
+    pixels, seen = inputs
+    given = pixels if "vision" in strategy.needs else deepcopy(seen)  # `generate` repeats the tower's output in place for beams
+    answers = answer_batch(model, processor, given, strategy, batch, **settings)
     lengths = [len(ids) for ids in answers.tokens]
     beams = len(answers.trace.n_image) // len(batch)
     per_row = [length for length in lengths for _ in range(beams)]

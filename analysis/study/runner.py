@@ -118,7 +118,7 @@ def to_run(plan: Plan, profile: str, force: bool) -> Plan:
         if not (waits or changed or force):
             print(f"{notebook.stem}: up to date", flush=True)
             continue
-        if changed and where(notebook, profile, values)[0].exists():
+        if changed and not force and where(notebook, profile, values)[0].exists():
             print(f"{notebook.stem}: changed since it was measured: {', '.join(changed)}", flush=True)
         found.append((notebook, values))
     return found

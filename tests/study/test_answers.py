@@ -19,7 +19,9 @@ from PIL import Image
 import dyrate
 from dyrate.atomic import write_whole
 from dyrate.data import Example, Examples
+from dyrate.generation import answer_examples
 from dyrate.models import POCKET
+from dyrate.strategies import STRATEGIES
 from study import answers
 from study.answers import Condition, answer_all, described, weights_digest
 from study.examples import examples
@@ -40,9 +42,9 @@ def pocket():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The labels of the batches that are measured, not read."""
+    """The batches that are measured, not read."""
     measure, found = answers._measure, []
-    monkeypatch.setattr(answers, "_measure", lambda *arguments: found.append(arguments[3]) or measure(*arguments))
+    monkeypatch.setattr(answers, "_measure", lambda *arguments: found.append(arguments) or measure(*arguments))
     return found
 
 
@@ -68,6 +70,25 @@ def test_the_columns(pocket, tmp_path):
     assert found.budget.isna().tolist() == 4 * [True] + 8 * [False] and found.seed.isna().all()
     assert (found["sample"] == found.task + "-" + found.scene).all()
     assert (found[found.method == "Full"].retention == 1).all() and (found[found.budget == 0.5].retention == 0.5).all()
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_the_tower_runs_once_and_answers_stay_the_same(pocket, tmp_path, beams):
+    """Under every strategy the answers are those of the library's own loop, which runs the tower for each."""
+    model, processor = pocket
+    asked = examples("pocket", 3, tasks=["qa_place", "caption"])
+    tried = [cls.at(0.4, 8) for cls in STRATEGIES.values() if cls.compared]
+    conditions = [Condition(type(s).__name__, s, type(s).__name__, settings={"num_beams": beams}) for s in tried]
+    runs = []
+    handle = model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
+    found = answer_all(*pocket, conditions, asked, tmp_path, max_new_tokens=12, batch_size=3, progress=False).set_index("label")
+    handle.remove()
+    assert len(runs) == 2 * (1 + sum("vision" in s.needs for s in tried))
+    for strategy in tried:
+        loop = answer_examples(model, processor, asked, strategy, batch_size=3, max_new_tokens=12, num_beams=beams)
+        expected = [(text, float(r.mean())) for _, _, a in loop for text, r in zip(a.texts, a.retention(), strict=True)]
+        rows = found.loc[type(strategy).__name__]
+        assert list(zip(rows.answer, rows.retention, strict=True)) == expected
 
 
 def test_an_interrupted_run_ends_with_the_same_table(pocket, tmp_path, monkeypatch):

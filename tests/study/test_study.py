@@ -14,6 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from study import runner
 from study.profiles import NOTEBOOKS, ROOT, parameters_of, read_profile
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -105,15 +106,16 @@ def test_checking_measures_a_chapter_anew(tmp_path):
     assert "1 of the headline numbers differ from the reference" in done.stdout
 
 
-def test_an_unknown_parameter_is_an_error(tmp_path):
-    (tmp_path / "typo.yaml").write_text("01_attention: {max_new_token: 3}\n")
-    done = run("--profile", str(tmp_path / "typo.yaml"))
-    assert done.returncode == 2
-    assert "01_attention.ipynb has no parameter ['max_new_token']" in done.stderr
-    (tmp_path / "typo.yaml").write_text("01_atention: {n: 3}\n")
-    assert "no notebook is called ['01_atention']" in run("--profile", str(tmp_path / "typo.yaml")).stderr
-    assert "no profile 'pockets'" in run("--profile", "pockets").stderr
-    assert "no notebook begins with ['77']" in run("--only", "77").stderr
+@pytest.mark.parametrize(("content", "arguments", "message"), [
+    ("01_attention: {max_new_token: 3}", [], "01_attention.ipynb has no parameter ['max_new_token']"),
+    ("01_atention: {n: 3}", [], "no notebook is called ['01_atention']"),
+    (None, ["--profile", "pockets"], "no profile 'pockets'"),
+    (None, ["--only", "77"], "no notebook begins with ['77']"),
+])  # fmt: skip
+def test_what_is_unknown_is_an_error(tmp_path, capsys, content, arguments, message):
+    (tmp_path / "typo.yaml").write_text(f"{content}\n")
+    assert runner.main(arguments or ["--profile", str(tmp_path / "typo.yaml")]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_failing_cell_is_named_and_kept(tmp_path):
