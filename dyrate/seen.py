@@ -20,13 +20,17 @@ from dyrate.segments import Segments, segment_shares
 class Vision:
     """What the vision tower computed for each image token, before the projector. Needs a tower with one [CLS] an image.
 
-    cls_attention: of the layer whose features are used, mean over heads. keys: of that layer, heads side by side.
-    project: from features to hidden states of the decoder.
+    features, cls: of the layer that the decoder gets, patches and [CLS] (of a row's first image). cls_attention: [CLS]'s
+    attention in that layer, mean over heads; keys: its keys. joint_attention: [CLS]'s attention in the tower's last layer as
+    if all heads were one, softmax(q k / sqrt(width)); joint_keys: the keys of that. project: from features to hidden states.
     """
 
     features: Float[Tensor, "batch image_token vision_width"]
+    cls: Float[Tensor, "batch vision_width"]
     cls_attention: Float[Tensor, "batch image_token"]
-    keys: Float[Tensor, "batch image_token key_width"]
+    keys: Float[Tensor, "batch image_token head dim"]
+    joint_attention: Float[Tensor, "batch image_token"]
+    joint_keys: Float[Tensor, "batch image_token vision_width"]
     project: Callable[[Tensor], Tensor]
 
 
@@ -53,6 +57,8 @@ class Seen:
     examples: Sequence[Example] | None = None
     notes: dict = field(default_factory=dict)  # scratch, for what `keep`, `score` and `merge` share in one decision
     read_hidden: Callable[[Tensor], Tensor] | None = None
+    read_embedded: Callable[[Tensor], Tensor] | None = None
+    read_own: Callable[[], LayerAttention] | None = None
     read_vision: Callable[[], Vision] | None = None
     read_no_rope: Callable[[], Tensor] | None = None
 
@@ -81,6 +87,24 @@ class Seen:
     def no_rope_attention(self) -> Float[Tensor, "batch head image_token"]:
         """The newest query's attention as it were without rotary positions. Prefill only; ask with `needs = {"no_rope"}`."""
         return self._on_images(self.read_no_rope())
+
+    @cached_property
+    def own_attention(self) -> Float[Tensor, "batch head image_token"]:
+        """The newest query's attention as `layer` itself would have it with all tokens that enter it.
+
+        Prefill only; ask with `needs = {"own_attention"}`.
+        """
+        return self._on_images(self.read_own().newest)
+
+    @property
+    def embedded(self) -> Float[Tensor, "batch image_token width"]:
+        """The image tokens as they enter the decoder. Prefill only; ask with `needs = {"embeddings"}`."""
+        return self.read_embedded(self.positions)
+
+    @property
+    def instruction_embedded(self) -> Float[Tensor, "batch text width"]:
+        """The instruction tokens as they enter the decoder. Prefill only; ask with `needs = {"embeddings"}`."""
+        return self.read_embedded(self._instruction[0])
 
     @property
     def hidden(self) -> Float[Tensor, "batch image_token width"]:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dyrate.data import Example
@@ -27,16 +27,18 @@ class Strategy:
 
     first_pruned_layer: the paper's K; layers before it see every image token, and the one before it is observed.
     residency: "evict" (dropped tokens leave memory and never return) or "mask" (they stay cached, and from the first
-    pruned layer on each step attends to a subset chosen anew).
+    pruned layer on each step attends to a subset chosen anew). positions: of what follows a token dropped in the prefill,
+    "kept" as they were or renumbered ("compact"); the default is what the method's authors run.
     """
 
     first_pruned_layer: int = 2
     residency: Literal["evict", "mask"] = "evict"
+    positions: Literal["kept", "compact"] = "kept"
 
     compared: ClassVar[bool] = True  # stands in comparisons of all strategies
     control: ClassVar[bool] = False  # no published method, but what a method must beat
     each_step: ClassVar[bool] = True  # decide again at every new token, not only in the prefill
-    needs: ClassVar[frozenset[str]] = frozenset()  # of "vision", "no_rope" (costly to have at hand) and "scene" (what is shown)
+    needs: ClassVar[frozenset[str]] = frozenset()  # what is costly to have: of "vision", "no_rope", "own_attention", "embeddings"
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
@@ -77,6 +79,13 @@ class Strategy:
         """Multiply-accumulates of deciding at all stages of one prefill, beside the observed rows of attention."""
         return 0
 
+    def slots(self, tokens: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+        """Where a sequence of new hidden states goes that stand for these image tokens, in this order.
+
+        Renumbered, they follow one another in the order of the sequence; else each has the place of its token.
+        """
+        return tokens.sort().values if self.positions == "compact" else tokens
+
     @classmethod
     def at(cls, retention: float, n_layers: int, **fields) -> Strategy:
         """The strategy with its rate set such that this share of the image tokens stays where it prunes."""
@@ -86,6 +95,8 @@ class Strategy:
         self.residency = current_name(self.residency)
         if self.residency not in ("evict", "mask"):
             raise ValueError(f'residency is "evict" or "mask", not {self.residency!r}')
+        if self.positions not in ("kept", "compact"):
+            raise ValueError(f'positions is "kept" or "compact", not {self.positions!r}')
         if self.first_pruned_layer < 0:
             raise ValueError(f"first_pruned_layer counts from 0; {self.first_pruned_layer} is no layer")
         if hasattr(self, "rate"):

@@ -37,9 +37,10 @@ class Step:
 class Trace:
     """The record of one `generate`: `steps[0]` is the prefill. With beams, rows are beams as they stood at each step.
 
-    n_image, n_instruction: such tokens of each row.
+    n_layers: of the decoder. n_image, n_instruction: such tokens of each row.
     """
 
+    n_layers: int = 0
     n_image: list[int] = field(default_factory=list)
     n_instruction: list[int] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -48,11 +49,13 @@ class Trace:
         return f"Trace({len(self.steps)} steps, {len(self.n_image)} rows; see frame())"
 
     def retention(self) -> np.ndarray:
-        """Share of image tokens kept, (step, row): mean over stages. Raises RuntimeError before anything was generated."""
+        """Share of image tokens kept, (step, row): mean over the pruned layers. Raises RuntimeError before any generation."""
         if not self.steps:
             raise RuntimeError("this trace is empty: call model.generate inside the `with` block first")
         counts = np.array([[stage.counts for stage in step.stages] for step in self.steps], dtype=float)
-        return counts.mean(1) / np.array(self.n_image)
+        starts = [stage.layer for stage in self.steps[0].stages]
+        layers = np.diff([*starts, self.n_layers]) if starts[0] < self.n_layers else [1]  # no pruned layer: all are kept
+        return np.average(counts, axis=1, weights=layers) / np.array(self.n_image)
 
     def frame(self) -> pd.DataFrame:
         """One row per step, batch row and stage: kept image tokens, retention, cached bytes (all layers), segment shares."""

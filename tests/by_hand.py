@@ -33,7 +33,7 @@ def seen(newest=None, *, weights=None, step=0, layer=2, n_layers=8, hidden=None,
     positions = torch.arange(1, n_image + 1)[None]
     found = Seen(step, layer, n_layers, image, image, positions, Segments(kind), observed, examples=examples)
     if hidden is not None:
-        found.read_hidden = lambda slots: torch.tensor(hidden)[None][:, slots[0]]
+        found.read_hidden = found.read_embedded = lambda slots: torch.tensor(hidden)[None][:, slots[0]]
     found.read_vision = lambda: vision
     return found
 
@@ -48,7 +48,10 @@ HEADS = [[0.1, 0.5, 0.0, 0.2], [0.1, 0.0, 0.4, 0.3]]  # means .1, .25, .2, .25
 
 
 def tower(cls, keys=None, features=None):
+    """A vision tower of one head with these attention weights of [CLS]; the feature of [CLS] itself is 100."""
     n = len(cls)
     keys = torch.tensor(keys)[None] if keys else torch.eye(n)[None]
     features = torch.tensor(features)[None] if features else torch.eye(n)[None]
-    return Vision(features, torch.tensor(cls)[None], keys, lambda x: x)
+    attention = torch.tensor(cls)[None]
+    start = torch.full((1, features.shape[-1]), 100.0)
+    return Vision(features, start, attention, keys[:, :, None], attention, keys, lambda x: x)

@@ -69,6 +69,8 @@ def masked(model, inputs, answers, strategy, image_token_id, examples=None) -> M
                 seen.read_hidden = lambda at: hidden[row, at]
                 seen.read_no_rope = lambda: no_rope(stage - 1)
                 seen.read_vision = lambda: vision(model, inputs["pixel_values"], valid)
+                seen.read_embedded = lambda at: state["embedded"][row, at]
+                seen.read_own = lambda: own(stage, hidden)
             retention, score = strategy.keep(seen), strategy.score(seen)
             chosen = torch.zeros_like(valid)
             for i in range(len(ids)):
@@ -83,6 +85,25 @@ def masked(model, inputs, answers, strategy, image_token_id, examples=None) -> M
         found.kept[stage] = kept[1:]
         return merged
 
+    def own(layer, hidden):
+        """The attention matrix that a layer would have on the tokens entering it, some of them hidden by earlier stages."""
+        module, given = layers[layer], state["given"]
+        weights = module.self_attn(
+            module.input_layernorm(hidden), attention_mask=given["attention_mask"],
+            position_embeddings=given["position_embeddings"], past_key_values=None,
+        )[1]  # fmt: skip
+        return Matrix(weights, n_prompt - 1)
+
+    def compact(stage, hidden):
+        """Rotary embeddings where every token's position is the number of tokens before it that the prefill left."""
+        left = mask.bool().clone()
+        for i, j in (valid & ~found.kept[stage][0]).nonzero().tolist():
+            left[i, positions[i, j]] = False
+        renumbered = (left.long().cumsum(1) - 1).clamp(min=0)
+        if hasattr(model.model, "rope_deltas"):
+            renumbered = renumbered.expand(3, -1, -1)
+        return model.get_decoder().rotary_emb(hidden, renumbered)
+
     def no_rope(layer):
         attention = layers[layer].self_attn
         q, k = (projections[layer][n][:, :n_prompt].unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for n in "qk")
@@ -93,23 +114,30 @@ def masked(model, inputs, answers, strategy, image_token_id, examples=None) -> M
     def enter(layer):
         def hook(module, args, kwargs):
             hidden = args[0]
+            if layer == 0:
+                state["embedded"] = hidden
+            if "mask" in state:
+                kwargs |= {"attention_mask": state["mask"], "position_embeddings": state["rotary"]}
             if layer in stages:
+                state["given"] = kwargs
                 merged = kept_by(layer, hidden)
                 if merged is not None:
                     hidden = hidden.clone()
                     for i, j in found.kept[layer][0].nonzero().tolist():
                         hidden[i, positions[i, j]] = merged[i, j]
-                state["stage"] = layer
-            if "stage" in state:
                 visible = torch.tril(torch.ones(ids.shape[1], ids.shape[1])).bool() & mask[:, None].bool()
                 visible = visible.clone()
-                for step, kept in enumerate(found.kept[state["stage"]]):
+                for step, kept in enumerate(found.kept[layer]):
                     dropped = valid & ~kept
                     queries = slice(0, n_prompt) if step == 0 else slice(n_prompt - 1 + step, n_prompt + step)
                     for i, j in dropped.nonzero().tolist():
                         visible[i, queries, positions[i, j]] = False
                 visible |= torch.eye(ids.shape[1]).bool()
-                kwargs["attention_mask"] = torch.zeros(visible.shape).masked_fill(~visible, -1e30)[:, None]
+                state["mask"] = torch.zeros(visible.shape).masked_fill(~visible, -1e30)[:, None]
+                state["rotary"] = kwargs["position_embeddings"]
+                if strategy.positions == "compact" and not torch.equal(found.kept[layer][0], valid):
+                    state["rotary"] = compact(layer, hidden)
+                kwargs |= {"attention_mask": state["mask"], "position_embeddings": state["rotary"]}
             return (hidden, *args[1:]), kwargs
 
         return hook
@@ -142,20 +170,34 @@ def masked(model, inputs, answers, strategy, image_token_id, examples=None) -> M
 
 
 def vision(model, pixels, valid) -> Vision:
-    """The tower's [CLS] attention, keys and features, from its own eager outputs."""
-    tower, used, keys = model.model.vision_tower, model.config.vision_feature_layer, []
+    """The tower's features, keys and [CLS] attention, from its own eager outputs."""
+    tower, used, projected = model.model.vision_tower, model.config.vision_feature_layer, {}
     layers = getattr(tower, "vision_model", tower).encoder.layers
-    handle = layers[used].self_attn.k_proj.register_forward_hook(lambda m, a, out: keys.append(out))
+    handles = [
+        getattr(layers[i].self_attn, f"{n}_proj").register_forward_hook(lambda m, a, out, k=(n, i): projected.__setitem__(k, out))
+        for n, i in (("k", used), ("q", -1), ("k", -1))
+    ]
     try:
         out = tower(pixels, output_attentions=True, output_hidden_states=True)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
     def by_row(x):
-        rows = x.new_zeros(*valid.shape, x.shape[-1])
+        rows = x.new_zeros(*valid.shape, *x.shape[2:])
         rows[valid] = x.flatten(0, 1)
         return rows
 
-    cls = out.attentions[used][:, :, 0, 1:].mean(1)[..., None]
-    features = out.hidden_states[used][:, 1:]
-    return Vision(by_row(features), by_row(cls)[..., 0], by_row(keys[0][:, 1:]), model.model.multi_modal_projector)
+    features = out.hidden_states[used]
+    heads = layers[used].self_attn.num_heads
+    query, key = projected["q", -1], projected["k", -1]
+    joint = (query @ key.transpose(1, 2) / key.shape[-1] ** 0.5).softmax(-1)[:, 0, 1:]
+    n_patches, seen_images, first = features.shape[1] - 1, 0, []
+    for n in valid.sum(1).tolist():
+        first.append(features[seen_images, 0])
+        seen_images += n // n_patches
+    return Vision(
+        by_row(features[:, 1:]), torch.stack(first), by_row(out.attentions[used][:, :, 0, 1:].mean(1)),
+        by_row(projected["k", used][:, 1:].unflatten(-1, (heads, -1))), by_row(joint), by_row(key[:, 1:]),
+        model.model.multi_modal_projector,
+    )  # fmt: skip

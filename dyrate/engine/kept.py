@@ -45,13 +45,14 @@ class Held(PerRow):
 
     kept (row, image_token) and counts (row): the image tokens still there. columns (row, slot): the prompt position of each
     cached slot, ascending; None while all are there. alive (row, slot): which slots may be seen; None while the model's own
-    mask is right.
+    mask is right. shift (row): by how many positions what follows the prompt was moved up, where the prefill renumbered.
     """
 
     kept: Bool[Tensor, "row image_token"]
     counts: list[int]
     columns: Int[Tensor, "row slot"] | None = None
     alive: Bool[Tensor, "row slot"] | None = None
+    shift: list[int] | None = None
 
 
 @dataclass

@@ -2,20 +2,21 @@
 
 A pre-hook on the first pruned layer asks the strategy, and takes the chosen positions out of the hidden states (prefill) or
 out of the cached keys and values (decode); pre-hooks on all deeper layers hand in the mask and the rotary embeddings that
-fit. Tokens keep their positions.
+fit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -25,6 +26,7 @@ from dyrate.engine.cache import PrunedLayer, check_cache_layer
 from dyrate.engine.kept import Held, Rows, take
 from dyrate.engine.masks import decode_mask, mask_form, prefill_mask
 from dyrate.engine.observing import decoder_layers, observe
+from dyrate.engine.positions import rotary_at
 from dyrate.engine.static import static_steps
 from dyrate.engine.vision import Tower
 from dyrate.seen import Seen, choose, kept_count
@@ -53,16 +55,19 @@ def prune(
         raise ValueError(f"{strategy}: stages must ascend, not {stages}")
     if any(isinstance(getattr(hook, "__self__", None), _Pruning) for hook in model._forward_pre_hooks.values()):
         raise RuntimeError("a strategy is attached to this model already: leave its `with` block before entering another")
-    observed = sorted({*strategy.observes(len(layers)), *(s - 1 for s in stages if s > 0)})
+    observed = sorted(strategy.observes(len(layers)))
     if stages and observed and observed[-1] >= max(1, stages[-1]):
         raise ValueError(f"{strategy}: layer {observed[-1]} is observed too late for a decision before layer {stages[-1]}")
-    run = _Pruning(model, strategy, stages, processor, examples)
+    run = _Pruning(model, strategy, stages, observed, processor, examples)
+    asked = stages if "own_attention" in strategy.needs else []
     with ExitStack() as stack:
         if static:
             stack.enter_context(static_steps(model, stages, run.observed, static))
-        stack.enter_context(observe(model, run.observe, observed))
+        stack.enter_context(observe(model, run.observe, sorted({*observed, *asked})))
         stack.callback(model.register_forward_pre_hook(run.begin, with_kwargs=True).remove)
         stack.callback(model.register_forward_hook(run.end).remove)
+        if "embeddings" in strategy.needs:
+            stack.callback(layers[0].register_forward_pre_hook(run.embed, with_kwargs=True).remove)
         for i in range(stages[0] if stages else len(layers), len(layers)):
             stack.callback(layers[i].register_forward_pre_hook(partial(run.enter, i), with_kwargs=True).remove)
         if "no_rope" in strategy.needs:
@@ -75,24 +80,34 @@ def prune(
         yield run.trace
 
 
+class _Captured(Exception):
+    """Carries a layer's attention out of a forward pass that is not wanted further."""
+
+    def __init__(self, attention: LayerAttention):
+        self.attention = attention
+
+
 class _Pruning:
     """One strategy on one model: the hooks, and what they remember from prefill to the last token.
 
     All that belongs to a row of the batch is in `rows`; the rest is of the whole batch.
     """
 
-    def __init__(self, model: PreTrainedModel, strategy: Strategy, stages: list[int], processor, examples):
-        self.strategy, self.stages, self.examples = strategy, stages, examples
+    def __init__(self, model: PreTrainedModel, strategy: Strategy, stages: list[int], wanted: list[int], processor, examples):
+        self.strategy, self.stages, self.wanted, self.examples = strategy, stages, wanted, examples
+        self.rotary_of = partial(rotary_at, model)
         self.system = None if processor is None else system_ids(processor)
         self.image_token_id = model.config.image_token_id
         self.n_layers = len(decoder_layers(model))
         self.stage_of = {i: first for first, last in pairwise([*stages, self.n_layers]) for i in range(first, last)}
         self.form = mask_form(model)
-        self.trace = Trace()
+        self.trace = Trace(self.n_layers)
         self.observed: dict[int, LayerAttention] = {}
         self.shares: dict[int, Tensor | None] = {}
         self.projections: dict[str, Tensor] = {}
+        self.embedded: Tensor | None = None
         self.tower: Tower | None = None
+        self.capturing = False
         self.step = -1
 
     # -- the whole pass ------------------------------------------------------------------------------------------------
@@ -141,8 +156,14 @@ class _Pruning:
     # -- what is observed ----------------------------------------------------------------------------------------------
 
     def observe(self, layer: int, attention: LayerAttention) -> None:
-        if self.step == 0 or self.strategy.each_step:
+        if self.capturing:
+            raise _Captured(attention)
+        if layer in self.wanted and (self.step == 0 or self.strategy.each_step):
             self.observed[layer] = attention
+
+    def embed(self, module, args, kwargs) -> None:
+        if self.step == 0:
+            self.embedded = args[0] if args else kwargs["hidden_states"]
 
     def project(self, name: str, module, args, output) -> None:
         if self.step == 0:
@@ -158,17 +179,18 @@ class _Pruning:
         if self.step == 0:
             self._own(cache, layer)
             if layer == stage:
-                hidden = self._prefill(stage, held, hidden, kwargs)
+                hidden = self._prefill(stage, held, module, hidden, kwargs)
         elif layer == stage:
             if self.strategy.each_step:
                 self._decode(stage, held, cache)
             if held.alive is not None:
                 n_keys = cache.layers[stage].keys.shape[2] + 1
                 self.mask = None if self.rows.whole(held) else decode_mask(self.form, held.alive, n_keys, hidden)
+            self.rotary = self._moved_up(held, hidden)
         if held.alive is not None:
             kwargs["attention_mask"] = None if self.mask is None else self.mask.to(hidden.device)
             kwargs["position_ids"] = None
-            if self.step == 0 and held.columns is not None:
+            if self.rotary is not None:
                 kwargs["position_embeddings"] = tuple(x.to(hidden.device) for x in self.rotary)
         return (hidden, *rest), kwargs
 
@@ -181,11 +203,17 @@ class _Pruning:
         check_cache_layer(cache.layers[layer], layer)
         cache.layers[layer] = PrunedLayer(self.rows.take if layer == self.stages[0] else None)
 
-    def _prefill(self, stage: int, held: Held, hidden: Tensor, kwargs: dict) -> Tensor:
+    def _prefill(self, stage: int, held: Held, module: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
         """Decide, and take the tokens that stay out of the hidden states."""
         before = self._before(stage)
-        held.kept, held.counts, held.columns, held.alive = before.kept, before.counts, before.columns, before.alive
+        if stage == self.stages[0]:
+            self.mask, self.rotary = None, None
+        for field in fields(held):
+            setattr(held, field.name, getattr(before, field.name))
+        rotary = kwargs["position_embeddings"] if self.rotary is None else self.rotary
+        mask = kwargs["attention_mask"] if held.alive is None else self.mask
         seen = self._seen(stage, held, hidden)
+        seen.read_own = partial(self._own_attention, module, hidden, mask, rotary)
         kept, counts = self._choose(seen, held)
         if counts == before.counts:
             return hidden
@@ -194,7 +222,6 @@ class _Pruning:
             rows, token = kept.nonzero(as_tuple=True)
             hidden = hidden.clone()
             hidden[rows, slots[rows, token]] = merged[rows, token].to(hidden.dtype)
-        rotary = kwargs["position_embeddings"] if held.columns is None else self.rotary
         self.rows.see_only(held, kept, counts)
         if self.strategy.residency == "evict":
             index = self.rows.shrink(held)
@@ -202,6 +229,9 @@ class _Pruning:
             hidden = take(hidden, index)
         elif self.form == "flash":
             raise ValueError('residency "mask" needs attn_implementation="sdpa" or "eager": flash attention takes no such mask')
+        if self.strategy.positions == "compact":
+            held.shift = [n - left for n, left in zip(self.rows.n_real, self.rows.n_alive(counts), strict=True)]
+            self.rotary = self.rotary_of(hidden, held.alive.long().cumsum(1).sub(1).clamp(min=0))
         # without a mask the fused kernels are causal, and all of them eligible; eager attention would see everything
         needed = self.form == "eager" or not self.rows.whole(held)
         self.mask = prefill_mask(self.form, held.alive, hidden) if needed else None
@@ -221,6 +251,13 @@ class _Pruning:
             for layer in (i for i, first in self.stage_of.items() if first == stage):
                 cache.layers[layer].compact(index, slots)
 
+    def _moved_up(self, held: Held, hidden: Tensor) -> tuple[Tensor, ...] | None:
+        """Rotary embeddings of the new token where the prompt was renumbered; None where the model's own are right."""
+        if held.shift is None:
+            return None
+        position = [n - moved + self.step - 1 for n, moved in zip(self.rows.n_real, held.shift, strict=True)]
+        return self.rotary_of(hidden, torch.tensor(position, device=hidden.device)[:, None])
+
     # -- the decision --------------------------------------------------------------------------------------------------
 
     def _before(self, stage: int) -> Held:
@@ -238,6 +275,7 @@ class _Pruning:
         if hidden is not None:
             row = torch.arange(len(hidden), device=hidden.device)[:, None]
             seen.read_hidden = lambda slots: hidden[row, slots]
+            seen.read_embedded = lambda positions: self.embedded[row, positions.to(hidden.device)]
             seen.read_vision = lambda: self.tower.vision(rows.image, rows.n_image)
             seen.read_no_rope = lambda: self._no_rope(self.observed[stage - 1])
         return seen
@@ -267,6 +305,19 @@ class _Pruning:
                 "float16"
             )
         return choose(score, seen.kept, counts), counts
+
+    def _own_attention(self, module: nn.Module, hidden: Tensor, mask, rotary) -> LayerAttention:
+        """What this layer's attention would be on the tokens that enter it, found by running it up to its softmax."""
+        self.capturing = True
+        try:
+            module.self_attn(
+                module.input_layernorm(hidden), attention_mask=mask, position_embeddings=rotary, past_key_values=None
+            )
+        except _Captured as captured:
+            return captured.attention
+        finally:
+            self.capturing = False
+        raise TypeError(f"{type(module).__name__} does not compute attention in a way that can be observed")
 
     def _no_rope(self, attention: LayerAttention) -> Float[Tensor, "batch head key"]:
         """The newest query's weights from the projections before rotary embedding."""

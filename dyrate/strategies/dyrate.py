@@ -56,7 +56,7 @@ class DyRate(Strategy):
         return super().__call__(model, processor, **how)
 
     def observes(self, n_layers):
-        return self.predictor.observed_layers
+        return sorted({*self.predictor.observed_layers, self.first_pruned_layer - 1})
 
     @torch.no_grad()
     def keep(self, seen):

@@ -10,11 +10,13 @@ class PyramidDrop(Strategy):
     """PyramidDrop (arXiv:2410.17247): the image shrinks by one factor at a quarter, half and three quarters of the depth.
 
     ratio: what each stage keeps of what is left, in [0, 1] (the paper's lambda). Tokens are ranked by the last instruction
-    token's attention in the layer before each stage.
+    token's attention, mean over heads, in the stage's own layer before anything is dropped there. Rounds up; its code down.
     """
 
     ratio: float = 0.5
+    positions: str = "compact"
     each_step = False
+    needs = frozenset({"own_attention"})
 
     def __post_init__(self):
         rate_field("ratio", self.ratio)
@@ -23,8 +25,19 @@ class PyramidDrop(Strategy):
     def stages(self, n_layers):
         return sorted({max(1, n_layers * i // 4) for i in (1, 2, 3)})
 
+    def observes(self, n_layers):
+        return ()
+
     def keep(self, seen):
         return self.ratio ** (1 + list(self.stages(seen.n_layers)).index(seen.layer))
+
+    def score(self, seen):
+        return seen.own_attention.mean(1)
+
+    def selector_macs(self, shape, n_image, n_instruction):
+        """Normalised queries and keys of each stage's layer once more; at most, for later stages see fewer tokens."""
+        per_stage = (n_image + n_instruction) * shape.width * shape.kv_heads * shape.head_dim + shape.width**2
+        return len(self.stages(shape.layers)) * per_stage
 
     @classmethod
     def at(cls, retention, n_layers, **fields):

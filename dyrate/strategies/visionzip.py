@@ -11,15 +11,17 @@ from dyrate.strategy import Strategy
 
 @dataclass(kw_only=True)
 class VisionZip(Strategy):
-    """VisionZip (arXiv:2412.04467): keep dominant tokens by [CLS] attention, and contextual ones that stand for the rest.
+    """VisionZip (arXiv:2412.04467): [CLS] itself, the dominant tokens by its attention, and contextual ones for the rest.
 
-    rate: share dropped, in [0, 1]. contextual: their share of what is kept (the paper's 10 of 64). Contextual tokens are
-    spread evenly over the remaining ones; each of those is averaged into the contextual token whose key is most similar.
+    rate: share dropped, in [0, 1]. contextual: their share of what is kept (the paper's 10 of 64). Contextual tokens are every
+    `R // c`-th of the R that are not dominant; to each is added the mean of those of the others whose key, mean over heads, is
+    most like its own.
     """
 
     rate: float = 0.5
     contextual: float = 10 / 64
     first_pruned_layer: int = 0
+    positions: str = "compact"
     each_step = False
     needs = frozenset({"vision"})
 
@@ -30,42 +32,51 @@ class VisionZip(Strategy):
         return 1 - self.rate
 
     def score(self, seen):
-        """Dominant tokens, then contextual ones, then the rest. Attention is at most 1, so the three do not mix."""
+        """Dominant tokens, contextual ones, the one whose place [CLS] takes, the rest. Attention is at most 1: no mixing."""
         score = seen.vision.cls_attention.clone()
         for i in range(len(score)):
-            dominant, targets = self._split(seen, i)
-            score[i, dominant] += 2
-            score[i, targets] += 1
+            for bonus, tokens in zip((1, 3, 2), self._parts(seen, i), strict=True):
+                score[i, tokens] += bonus
         return score
 
     def merge(self, seen, kept):
-        features = seen.vision.features.clone()
-        for i in range(len(features)):
-            dominant, targets = self._split(seen, i)
-            rest = (seen.image[i] & ~dominant).nonzero()[:, 0]
-            if len(targets):
-                keys = F.normalize(seen.vision.keys[i].float(), dim=-1)
-                nearest = (keys[rest] @ keys[targets].T).argmax(1)
-                nearest[(rest[:, None] == targets).any(1)] = torch.arange(len(targets), device=nearest.device)
-                for j, target in enumerate(targets):
-                    features[i, target] = seen.vision.features[i, rest[nearest == j]].mean(0)
-        return seen.vision.project(features)
+        vision = seen.vision
+        merged = torch.zeros_like(vision.features)
+        for i in range(len(merged)):
+            place, dominant, targets = self._parts(seen, i)
+            features, others = vision.features[i], seen.image[i].clone()
+            others[torch.cat([dominant, targets])] = False
+            others = others.nonzero()[:, 0]
+            contextual = features[targets]
+            if len(targets) and len(others):
+                keys = F.normalize(vision.keys[i].float().mean(1), dim=-1)
+                nearest = F.one_hot((keys[others] @ keys[targets].T).argmax(1), len(targets)).to(features)
+                contextual = contextual + nearest.T @ features[others] / nearest.sum(0).clamp(min=1)[:, None]
+            sequence = torch.cat([vision.cls[i : i + 1][: len(place)], features[dominant], contextual])
+            merged[i, self.slots(torch.cat([place, dominant, targets]))] = sequence
+        return vision.project(merged)
 
-    def _split(self, seen, i):
-        """Of row i: the dominant tokens (mask), the contextual ones (indices, evenly spread over what is not dominant)."""
-        count = kept_count(int(seen.image[i].sum()), 1 - self.rate)
-        n_contextual = round(count * self.contextual) if self.rate else 0
-        dominant = choose(seen.vision.cls_attention[i : i + 1], seen.image[i : i + 1], [count - n_contextual])[0]
-        rest = (seen.image[i] & ~dominant).nonzero()[:, 0]
-        spread = torch.arange(n_contextual, device=rest.device) * len(rest) // max(1, n_contextual)
-        return dominant, rest[spread]
+    def _parts(self, seen, i):
+        """Of row i: the token whose place [CLS] takes, the dominant ones, the contextual ones."""
+        if i not in seen.notes:
+            attention, image = seen.vision.cls_attention[i : i + 1], seen.image[i : i + 1]
+            count = kept_count(int(image.sum()), 1 - self.rate)
+            n_contextual = min(round(count * self.contextual), max(0, count - 1))
+            dominant = choose(attention, image, [max(0, count - n_contextual - 1)])
+            rest = (image & ~dominant)[0].nonzero()[:, 0]
+            targets = rest[:: max(1, len(rest) // max(1, n_contextual))][:n_contextual]
+            free = image & ~dominant
+            free[0, targets] = False
+            place = choose(attention, free, [min(1, count)])
+            seen.notes[i] = place[0].nonzero()[:, 0], dominant[0].nonzero()[:, 0], targets
+        return seen.notes[i]
 
     def selector_macs(self, shape, n_image, n_instruction):
         """[CLS]'s row, likeness of keys, and projecting once more what was merged."""
         kept = kept_count(n_image, 1 - self.rate)
         targets = round(kept * self.contextual)
         project = n_image * (shape.tower_width * shape.width + shape.width**2)
-        return (n_image + (n_image - kept + targets) * targets) * shape.tower_width + project
+        return (n_image + (n_image - kept + 1) * targets) * shape.tower_width + project
 
     @classmethod
     def at(cls, retention, n_layers, **fields):

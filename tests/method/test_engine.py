@@ -30,10 +30,13 @@ from masked import masked
 pytestmark = pytest.mark.usefixtures("shown")
 CASES = [(name, {}) for name in dyrate.STRATEGIES]
 CASES += [(name, {"residency": "mask"}) for name in ("Constant", "LinearAnneal", "MeanTrajectory", "DepthPrune", "PyramidDrop")]
+CASES += [(name, {"positions": "compact"}) for name in ("FastV", "FastVRerank", "LinearAnneal", "DepthPrune", "DyRate")]
+CASES += [(name, {"positions": "kept"}) for name in ("PyramidDrop", "SparseVLM", "VisionZip", "PruMerge", "PruMergePlus")]
 CASES += [
     ("LinearAnneal", {"end": 1.0, "steps": 4, "start": 0.3}),
     ("PruMerge", {"retention": None}),
-    ("SparseVLM", {"retention": None}),
+    ("PruMergePlus", {"retention": None}),
+    ("SparseVLM", {"shares": (0.9, 0.5, 0.2)}),
 ]
 
 

@@ -8,7 +8,7 @@ from by_hand import HEADS, kept, seen, tower
 from dyrate.attention import LayerAttention
 from dyrate.seen import choose, kept_count
 from dyrate.strategies.controls import evenly
-from dyrate.strategies.sparsevlm import cluster
+from dyrate.strategies.sparsevlm import cluster, counts
 
 
 def test_kept_count():
@@ -60,75 +60,73 @@ def test_depth_prune_starts_at_the_fourth_layer_and_grows():
     assert list(fixed.stages(8)) == [3] and fixed.keep(seen(HEADS, layer=3)) == 0.5
 
 
-def test_sparsevlm_raters_are_relevant_words_and_rank_says_how_many():
-    # one system, four image, two instruction tokens; hidden states: the second word alone resembles the image
-    hidden = [[0.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.0, 9.0]]
+def test_sparsevlm_raters_are_relevant_tokens():
+    # one system, four image, two instruction tokens; embeddings: the second instruction token alone resembles the image
+    embedded = [[0.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.0, 9.0]]
     first, second = [0.0, 0.9, 0.0, 0.1, 0.0, 0.0, 0.0], [0.0, 0.0, 0.5, 0.1, 0.4, 0.0, 0.0]
-    rows = [[[0.0] * 7] * 5 + [first, second]]
-    at = seen(weights=rows, hidden=hidden)
-    assert kept(dyrate.SparseVLM(retention=1.0), at) == [0, 1, 2, 3]
-    # only the second word rates: tokens 1 and 3, not 0. share^(1/3) of 4 is 2 at the first of three stages (n_layers 32)
-    at = seen(weights=rows, hidden=hidden, layer=2, n_layers=32)
-    assert kept(dyrate.SparseVLM(retention=0.125, recycled=0.0), at) == [1, 3]
-    # rank of a single row is 1: of 4 tokens floor(.7 * (4 - 1)) = 2 are dropped
-    assert kept(dyrate.SparseVLM(scale=0.7, recycled=0.0), at) == [1, 3]
-    assert list(dyrate.SparseVLM().stages(32)) == [2, 6, 15]
+    at = seen(weights=[[[0.0] * 7] * 5 + [first, second]], hidden=embedded, layer=3, n_layers=32)
+    # only the second rates: tokens 1 and 3, not 0. A quarter stays for its rating, and of the three others one is recycled
+    assert kept(dyrate.SparseVLM(shares=(0.25, 0.25, 0.25)), at) == [1, 3]
+    assert kept(dyrate.SparseVLM(shares=(1.0, 1.0, 1.0)), at) == [0, 1, 2, 3]
+    assert list(dyrate.SparseVLM().stages(32)) == [3, 7, 16]
 
 
-def test_sparsevlm_merges_what_it_recycles():
-    # rated .5 .4 .1 .0 (one head, both words alike): best two stay; of the two dropped all are recycled into one cluster
-    hidden = [[0.0]] + [[8.0], [6.0], [4.0], [2.0], [3.0], [0.5], [0.25]] + [[1.0], [1.0]]
-    row = [0.0, 0.4, 0.3, 0.1, 0.08, 0.06, 0.04, 0.02, 0.0, 0.0]
-    at = seen(weights=[[[0.0] * 10] * 8 + [row, row]], hidden=hidden, layer=2, n_layers=32)
-    # retention^(1/3) = 4/7: four are kept, one of them a cluster centre for the recycled three (tokens 3 to 6 without the best)
-    strategy = dyrate.SparseVLM(retention=(4 / 7 + 1e-9) ** 3, recycled=1.0, clusters=0.34)
-    assert kept(strategy, at)[:3] == [0, 1, 2] and len(kept(strategy, at)) == 4
-    centre = kept(strategy, at)[3]
-    merged = strategy.merge(at, None)[0]
-    assert merged[:3].tolist() == [[8.0], [6.0], [4.0]]
-    # recycled: the best round(3 * 1) = 3 of the rest by rating are tokens 3, 4, 5: hidden 2, 3, .5
-    assert centre in (3, 4, 5) and merged[centre].item() == pytest.approx((2.0 + 3.0 + 0.5) / 3)
+def test_sparsevlm_counts_as_published():
+    # v1.5 on 576 tokens for a mean of 192: 300, 200 and 110 stay, and clusters of the recycled
+    assert counts(576, 576, 300 / 576) == (300, 83, 9)  # int(.3 * 276) + 1 recycled, int(83 / 10) + 1 clusters
+    assert counts(576, 309, 200 / 576) == (200, 33, 4)
+    assert counts(576, 204, 110 / 576) == (110, 29, 3)
+    spread = dyrate.SparseVLM.at(0.25, 32)
+    assert spread.mean_kept(32) / 576 == pytest.approx(0.25, abs=0.002)
 
 
 def test_clusters_have_dense_far_centres():
     points = torch.tensor([[0.0], [0.1], [0.2], [9.0], [9.1], [50.0]])
     members = torch.tensor([True, True, True, True, True, False])
-    found = cluster(points, members, 2, neighbours=2)
+    found = cluster(points, members, 2)
     assert sorted(sorted(m) for m in found.values()) == [[0, 1, 2], [3, 4]]
 
 
-def test_visionzip_keeps_dominant_and_merges_contextual():
-    # 8 tokens, half kept: three dominant by [CLS] (1, 4, 6), one contextual: first of the rest (0, 2, 3, 5, 7)
+def test_visionzip_keeps_cls_dominant_and_merged_contextual_tokens():
+    # 8 tokens, half kept: [CLS], two dominant (1, 6), one contextual: the first of the rest (0); [CLS] has the place of token 4
     cls = [0.05, 0.3, 0.04, 0.03, 0.2, 0.06, 0.3, 0.02]
-    features = [[float(i)] for i in range(8)]
-    at = seen(n_image=8, layer=0, vision=tower(cls, features=features))
+    at = seen(n_image=8, layer=0, vision=tower(cls, features=[[float(i)] for i in range(8)]))
     strategy = dyrate.VisionZip(rate=0.5, contextual=0.25)
     assert kept(strategy, at) == [0, 1, 4, 6]
     merged = strategy.merge(at, None)[0, :, 0].tolist()
-    assert merged[0] == pytest.approx((0 + 2 + 3 + 5 + 7) / 5)  # all that is not dominant goes to the only target
-    assert [merged[i] for i in (1, 4, 6)] == [1, 4, 6]
+    # in this order: [CLS] (100), the dominant ones, the target with the mean of all others that are not dominant
+    assert [merged[i] for i in (0, 1, 4, 6)] == pytest.approx([100, 1, 6, 0 + (2 + 3 + 4 + 5 + 7) / 5])
+    alone = dyrate.VisionZip(rate=0.5, contextual=0.25, positions="kept").merge(at, None)[0, :, 0].tolist()
+    assert [alone[i] for i in (4, 1, 6)] == [100, 1, 6]
 
 
 def test_visionzip_merges_into_the_most_similar():
-    # two dominant (0, 1), two contextual among 2..5, evenly: 2 and 4; 3 resembles 4, 5 resembles 2
-    keys = [[1.0, 0], [1, 0], [1, 0], [0, 1], [0, 1], [1, 0.1]]
-    at = seen(n_image=6, layer=0, vision=tower([0.4, 0.3, 0.1, 0.1, 0.05, 0.05], keys, [[float(i)] for i in range(6)]))
-    strategy = dyrate.VisionZip(rate=2 / 6, contextual=0.5)
-    assert kept(strategy, at) == [0, 1, 2, 4]
-    merged = strategy.merge(at, None)[0, :, 0].tolist()
-    assert merged[2] == pytest.approx((2 + 5) / 2) and merged[4] == pytest.approx((3 + 4) / 2)
+    # one dominant (0), [CLS] in the place of 1; two contextual among 1..5, every second: 1 and 3; 2 resembles 1, 4 and 5 resemble 3
+    keys = [[1.0, 0], [1, 0], [1, 0.1], [0, 1], [0, 1], [0.1, 1]]
+    at = seen(n_image=6, layer=0, vision=tower([0.4, 0.1, 0.1, 0.1, 0.2, 0.1], keys, [[float(i)] for i in range(6)]))
+    merged = dyrate.VisionZip(rate=2 / 6, contextual=0.5, positions="kept").merge(at, None)[0, :, 0].tolist()
+    assert merged[1] == pytest.approx(1 + 2) and merged[3] == pytest.approx(3 + (4 + 5) / 2)
 
 
-def test_prumerge_keeps_outliers_and_merges_neighbours():
+def test_prumerge_keeps_outliers_adds_neighbours_and_sums_up_the_rest():
     # quartiles of seven .1 and one .9 are .1 and .1: only .9 lies above .1 + 1.5 * 0
     cls = [0.1, 0.1, 0.1, 0.9, 0.1, 0.1, 0.1, 0.1]
     keys = [[1.0, 0.0], [0, 1], [0, 1], [1, 0.1], [0, 1], [0, 1], [0, 1], [0, 1]]
     at = seen(n_image=8, layer=0, vision=tower(cls, keys, [[float(i)] for i in range(8)]))
     strategy = dyrate.PruMerge(neighbours=1)
-    assert kept(strategy, at) == [3]
-    # token 3 with its nearest, token 0, weighted .9 to .1
-    assert strategy.merge(at, None)[0, 3].item() == pytest.approx(0.9 * 3 + 0.1 * 0)
+    assert kept(strategy, at) == [0, 3]  # and the place of the last token
+    mask = torch.tensor([[True, False, False, True, False, False, False, False]])
+    merged = strategy.merge(at, mask)[0, :, 0].tolist()
+    assert [merged[0], merged[3]] == pytest.approx([3 + 0.1 * 0, 0.1 * (0 + 1 + 2 + 4 + 5 + 6 + 7)])
     assert kept(dyrate.PruMerge(retention=0.25), at) == [0, 3]
+
+
+def test_prumerge_plus_adds_tokens_spread_evenly():
+    # one outlier of 16: every int(16 / 3) = 5th token of the first 15 beside it
+    cls = [0.1] * 7 + [0.9] + [0.1] * 8
+    at = seen(n_image=16, layer=0, vision=tower(cls))
+    chosen = dyrate.PruMergePlus()._chosen(at, 0).tolist()
+    assert chosen == [7, 0, 5, 10]
 
 
 def test_dycoke_leaves_the_prefill_whole():

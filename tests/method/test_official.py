@@ -1,0 +1,96 @@
+"""Published methods against their authors' rules, on 576 image tokens: the same tokens, merged alike, in the same order."""
+
+import official
+import pytest
+import torch
+from families import TEXT
+from laws import IMAGE
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+import dyrate
+from dyrate.engine import decoder_layers
+
+CASES = {
+    "FastV": (dyrate.FastV(rate=0.5), official.fastv, {}),
+    "PyramidDrop": (dyrate.PyramidDrop(), official.pyramiddrop, {}),
+    "SparseVLM": (dyrate.SparseVLM(), official.sparsevlm, {}),
+    "VisionZip": (dyrate.VisionZip(rate=1 - 64 / 576), official.visionzip, {}),
+    "PruMerge": (dyrate.PruMerge(), official.prumerge, {}),
+    "PruMergePlus": (dyrate.PruMergePlus(), official.prumerge, {"plus": True}),
+}
+OTHERS = {
+    "FastV": dyrate.WorstFirst(rate=0.5), "PyramidDrop": dyrate.PyramidDrop(positions="kept"),
+    "SparseVLM": dyrate.SparseVLM(positions="kept"), "VisionZip": dyrate.VisionZip(rate=1 - 64 / 576, contextual=0.2),
+    "PruMerge": dyrate.PruMerge(neighbours=31), "PruMergePlus": dyrate.PruMerge(),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llava():
+    """24 x 24 patches, 8 layers, eager: attention matrices are there to be read."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=96, patch_size=4,
+        initializer_range=0.3,
+    )  # fmt: skip
+    text = LlamaConfig(**(TEXT | {"num_hidden_layers": 8, "initializer_range": 0.2}))
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=576)
+    model = LlavaForConditionalGeneration(config).eval()
+    model.set_attn_implementation("eager")
+    return model
+
+
+def entering(model, strategy, ids, pixels) -> dict[int, torch.Tensor]:
+    """The hidden states (token, width) that enter each stage's layer, after the drop."""
+    layers, found, handles = decoder_layers(model), {}, []
+
+    def note(layer):
+        def hook(module, args, kwargs):
+            found[layer] = (args[0] if args else kwargs["hidden_states"])[0]
+
+        return hook
+
+    with strategy(model), torch.no_grad():  # hooks run in the order of their registration: these after the engine's
+        for stage in strategy.stages(len(layers)):
+            handles.append(layers[stage].register_forward_pre_hook(note(stage), with_kwargs=True))
+        try:
+            model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], pixel_values=pixels, use_cache=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return found
+
+
+def prompt(seed: int):
+    """A prompt with 576 image tokens among text of its own, and an image."""
+    generator = torch.Generator().manual_seed(seed)
+    before, after = (torch.randint(3, 57, (n,), generator=generator) for n in (3, 9))
+    loud = torch.randn(1, 1, 24, 24, generator=generator).exp().repeat_interleave(4, 2).repeat_interleave(4, 3)
+    pixels = loud * torch.randn(1, 3, 96, 96, generator=generator)  # some patches stand out, as in photographs
+    return torch.cat([before, torch.full((576,), IMAGE), after]), pixels
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("seed", range(6))
+def test_the_same_tokens_as_the_authors(llava, name, seed):
+    strategy, rule, settings = CASES[name]
+    ids, pixels = prompt(seed)
+    with torch.no_grad():
+        expected = rule(llava, ids, pixels, **settings)
+    found = entering(llava, strategy, ids, pixels)
+    assert found.keys() == expected.keys()
+    for layer, hidden in expected.items():
+        assert found[layer].shape == hidden.shape
+        assert (found[layer] - hidden).abs().max() < 1e-5 * max(1.0, float(hidden.abs().max()))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_comparison_can_fail(llava, name):
+    """The negative control: a choice made otherwise is seen."""
+    ids, pixels = prompt(0)
+    _, rule, settings = CASES[name]
+    with torch.no_grad():
+        expected = rule(llava, ids, pixels, **settings)
+    found = entering(llava, OTHERS[name], ids, pixels)
+    last = max(expected)
+    assert found[last].shape != expected[last].shape or (found[last] - expected[last]).abs().max() > 1e-4
