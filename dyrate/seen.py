@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dyrate.attention import LayerAttention
@@ -58,6 +58,7 @@ class Seen:
     notes: dict = field(default_factory=dict)  # scratch, for what `keep`, `score` and `merge` share in one decision
     read_hidden: Callable[[Tensor], Tensor] | None = None
     read_embedded: Callable[[Tensor], Tensor] | None = None
+    norm: Callable[[Tensor], Tensor] | None = None
     read_own: Callable[[], LayerAttention] | None = None
     read_vision: Callable[[], Vision] | None = None
     read_no_rope: Callable[[], Tensor] | None = None
@@ -112,9 +113,19 @@ class Seen:
         return self.read_hidden(self.slots(self.positions))
 
     @property
+    def instruction_real(self) -> Bool[Tensor, "batch text"]:
+        """Which entries of `instruction_hidden` and the like are real: rows with fewer than others are filled up."""
+        return self._instruction[1]
+
+    @property
+    def instruction_slots(self) -> Int[Tensor, "batch text"]:
+        """Where the instruction tokens stand among the keys of the layer before."""
+        return self.slots(self._instruction[0])
+
+    @property
     def instruction_hidden(self) -> Float[Tensor, "batch text width"]:
         """Hidden states of the instruction tokens as they enter `layer`. Prefill only."""
-        return self.read_hidden(self.slots(self._instruction[0]))
+        return self.read_hidden(self.instruction_slots)
 
     @cached_property
     def vision(self) -> Vision:

@@ -17,7 +17,7 @@ if importlib.util.find_spec("study"):
 SUPPRESSED = [IMAGE, 61, 58, 59]  # an image token in an answer would be taken for one in the prompt
 STEPS = 5
 DECODINGS = {"greedy": {}, "beam-3": {"num_beams": 3}, "top-p": {"do_sample": True, "top_p": 0.9}}
-ENCODER_SIDE = ("PruMerge", "PruMergePlus", "VisionZip")
+ENCODER_SIDE = ("PruMerge", "PruMergePlus", "VisPruner", "VisionZip")
 EXAMPLES = [dyrate.Example(name, "", "", ()) for name in "ab"]
 
 

@@ -1,6 +1,6 @@
 """The slow definition of pruning: one eager forward pass over prompt and answer, with an explicit 4-D mask for each layer.
 
-Nothing is dropped here and no cache is used: what a strategy drops is hidden by the mask. Which tokens those are is found
+Nothing is dropped here: what a strategy drops is hidden by the mask. Which tokens those are is found
 anew, from this pass's own attention matrices, in plain Python.
 """
 
@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+from transformers import DynamicCache
 
 from dyrate.engine import decoder_layers
 from dyrate.seen import Seen, Vision
@@ -20,6 +21,7 @@ class Matrix:
 
     weights: torch.Tensor
     end: int  # the newest query
+    key: torch.Tensor = None  # (batch, kv_head, key, dim)
 
     @property
     def newest(self):
@@ -51,6 +53,7 @@ def masked(model, inputs, answers, strategy, image_token_id, examples=None) -> M
     layers = decoder_layers(model)
     stages = [s for s in strategy.stages(len(layers)) if s < len(layers)]
     found, weights, projections, state = Masked(), {}, {}, {}
+    cache = DynamicCache()  # filled by one pass over all tokens: to read keys from
 
     def kept_by(stage, hidden):
         before = found.kept[stages[stages.index(stage) - 1]][0] if stages.index(stage) else valid
@@ -60,7 +63,9 @@ def masked(model, inputs, answers, strategy, image_token_id, examples=None) -> M
                 kept.append(kept[-1])
                 continue
             candidates = valid if strategy.residency == "mask" else kept[-1]
-            observed = {stage - 1: Matrix(weights[stage - 1], n_prompt - 1 + step)} if stage else {}
+            newest = n_prompt - 1 + step
+            keys = cache.layers[stage - 1].keys[:, :, : newest + 1] if stage else None
+            observed = {stage - 1: Matrix(weights[stage - 1], newest, keys)} if stage else {}
             seen = Seen(
                 step, stage, len(layers), valid, candidates, positions, Segments(segments.kind), observed, examples=examples
             )
@@ -69,6 +74,7 @@ def masked(model, inputs, answers, strategy, image_token_id, examples=None) -> M
                 seen.read_hidden = lambda at: hidden[row, at]
                 seen.read_no_rope = lambda: no_rope(stage - 1)
                 seen.read_vision = lambda: vision(model, inputs["pixel_values"], valid)
+                seen.norm = model.get_decoder().norm
                 seen.read_embedded = lambda at: state["embedded"][row, at]
                 seen.read_own = lambda: own(stage, hidden)
             retention, score = strategy.keep(seen), strategy.score(seen)
@@ -160,7 +166,7 @@ def masked(model, inputs, answers, strategy, image_token_id, examples=None) -> M
         extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     try:
         with torch.no_grad():
-            out = model(input_ids=ids, attention_mask=mask, use_cache=False, **extra)
+            out = model(input_ids=ids, attention_mask=mask, use_cache=True, past_key_values=cache, **extra)
     finally:
         model.set_attn_implementation(usual)
         for handle in handles:

@@ -158,3 +158,80 @@ def fastv(model, ids, pixels, k=2, rate=0.5):
         hidden, weights = through(layer, hidden, model)
     best = weights[:, -1, start:end].mean(0).topk(round((end - start) * (1 - rate))).indices.sort().values
     return {k: torch.cat([hidden[:start], hidden[start:end][best], hidden[end:]])}
+
+
+def projected(model, pixels):
+    return model.model.multi_modal_projector(tower(model, pixels)[0][-2][1:])
+
+
+def divprune(model, ids, pixels, count=64):
+    """Max-min cosine distance on projected tokens; the first has the farthest nearest neighbour."""
+    features = projected(model, pixels)
+    unit = features / features.norm(dim=1, keepdim=True)
+    distance = 1 - unit @ unit.T
+    chosen = []
+    for step in range(count):
+        if step == 0:
+            scores = distance.topk(2, dim=0, largest=False).values[1]
+        else:
+            scores = distance[chosen].min(0).values
+        chosen.append(int(scores.argmax()))
+    return {0: embedded(model, ids, features[sorted(chosen)])[0]}
+
+
+def vispruner(model, ids, pixels, count=64, important=0.5):
+    """Half by [CLS] attention; of the rest, ordered by it, eight of every second token go that most resemble the others."""
+    states, attention, _ = tower(model, pixels)
+    features = states[-2][1:]
+    unit = features / features.norm(dim=-1, keepdim=True)
+    order = attention[len(attention) - 2][:, 0, 1:].mean(0).argsort(descending=True).tolist()
+    first, rest = order[: int(count * important)], order[int(count * important) :]
+    wanted = count - len(first)
+    rest = rest if wanted else []
+    while len(rest) > wanted:
+        a, b = rest[::2], rest[1::2]
+        likeness = (unit[a] @ unit[b].T).max(-1).values
+        by_likeness = likeness.argsort(descending=True)[min(8, len(rest) - wanted) :]
+        rest = [a[int(j)] for j in by_likeness] + b
+    return {0: embedded(model, ids, model.model.multi_modal_projector(features[sorted(first + rest)]))[0]}
+
+
+def cdpruner(model, ids, pixels, count=24):
+    """Greedy MAP of a determinantal point process, by determinants; relevance from the instruction's embeddings (ours)."""
+    features = projected(model, pixels)
+    hidden, start, end = embedded(model, ids, features)
+    unit, text = features / features.norm(dim=-1, keepdim=True), hidden[end:] / hidden[end:].norm(dim=-1, keepdim=True)
+    relevance = (unit @ text.T).mean(1)
+    relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min() + 1e-6)
+    kernel = (relevance[:, None] * (unit @ unit.T) * relevance).double()
+    chosen = []
+    for _ in range(count):
+        inside = kernel[chosen][:, chosen]
+        cross = kernel[chosen]  # conditional variance of each item given those chosen
+        left = kernel.diagonal() - (cross * torch.linalg.solve(inside, cross)).sum(0) if chosen else kernel.diagonal().clone()
+        left[chosen] = -torch.inf
+        chosen.append(int(left.argmax()))
+    return {0: embedded(model, ids, features[sorted(chosen)])[0]}
+
+
+def dart(model, ids, pixels, k=2, count=128, pivots=4):
+    """Pivots by the L1 norm of keys in layer K - 1; each takes the ceil(count / 8) image tokens least like it."""
+    hidden, start, end = embedded(model, ids, projected(model, pixels))
+    decoder, keys = model.get_decoder(), []
+    for layer in decoder.layers[:k]:
+        cos, sin = (x[0] for x in rotary(model, hidden))
+        raw = layer.self_attn.k_proj(layer.input_layernorm(hidden)).unflatten(-1, (-1, layer.self_attn.head_dim))
+        half = raw.shape[-1] // 2
+        turned = torch.cat([-raw[..., half:], raw[..., :half]], -1)
+        keys = (raw * cos[:, None] + turned * sin[:, None]).flatten(1)
+        hidden, _ = through(layer, hidden, model)
+    size, state = keys.abs().sum(-1), decoder.norm(hidden)
+    own = (start + size[start:end].topk(pivots).indices).tolist()
+    theirs = (end + size[end:].topk(pivots).indices).tolist()
+    chosen, left = list(own), [j for j in range(start, end) if j not in own]
+    for pivot in own + theirs:
+        like = torch.cosine_similarity(state[pivot][None], state[left])
+        found = [left[int(j)] for j in (-like).topk(-(-count // (2 * pivots))).indices]
+        chosen += found
+        left = [j for j in left if j not in found]
+    return {k: torch.cat([hidden[:start], hidden[sorted(chosen)], hidden[end:]])}

@@ -95,7 +95,7 @@ class _Pruning:
 
     def __init__(self, model: PreTrainedModel, strategy: Strategy, stages: list[int], wanted: list[int], processor, examples):
         self.strategy, self.stages, self.wanted, self.examples = strategy, stages, wanted, examples
-        self.rotary_of = partial(rotary_at, model)
+        self.rotary_of, self.norm = partial(rotary_at, model), model.get_decoder().norm
         self.system = None if processor is None else system_ids(processor)
         self.image_token_id = model.config.image_token_id
         self.n_layers = len(decoder_layers(model))
@@ -275,6 +275,7 @@ class _Pruning:
         if hidden is not None:
             row = torch.arange(len(hidden), device=hidden.device)[:, None]
             seen.read_hidden = lambda slots: hidden[row, slots]
+            seen.norm = self.norm
             seen.read_embedded = lambda positions: self.embedded[row, positions.to(hidden.device)]
             seen.read_vision = lambda: self.tower.vision(rows.image, rows.n_image)
             seen.read_no_rope = lambda: self._no_rope(self.observed[stage - 1])

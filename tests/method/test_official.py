@@ -17,11 +17,19 @@ CASES = {
     "VisionZip": (dyrate.VisionZip(rate=1 - 64 / 576), official.visionzip, {}),
     "PruMerge": (dyrate.PruMerge(), official.prumerge, {}),
     "PruMergePlus": (dyrate.PruMergePlus(), official.prumerge, {"plus": True}),
+    "DivPrune": (dyrate.DivPrune(rate=1 - 64 / 576), official.divprune, {}),
+    "VisPruner": (dyrate.VisPruner(rate=1 - 64 / 576), official.vispruner, {}),
+    "FasterVLM": (dyrate.VisPruner(rate=1 - 64 / 576, important=1), official.vispruner, {"important": 1}),
+    "CDPruner": (dyrate.CDPruner(rate=1 - 24 / 576), official.cdpruner, {}),  # the kernel's rank is the width, 32
+    "DART": (dyrate.DART(rate=1 - 132 / 576), official.dart, {}),  # its code keeps four pivots beside 128 tokens
 }
 OTHERS = {
     "FastV": dyrate.WorstFirst(rate=0.5), "PyramidDrop": dyrate.PyramidDrop(positions="kept"),
     "SparseVLM": dyrate.SparseVLM(positions="kept"), "VisionZip": dyrate.VisionZip(rate=1 - 64 / 576, contextual=0.2),
     "PruMerge": dyrate.PruMerge(neighbours=31), "PruMergePlus": dyrate.PruMerge(),
+    "DivPrune": dyrate.CDPruner(rate=1 - 64 / 576), "VisPruner": dyrate.VisPruner(rate=1 - 64 / 576, important=0.4),
+    "FasterVLM": dyrate.VisPruner(rate=1 - 64 / 576), "CDPruner": dyrate.DivPrune(rate=1 - 24 / 576),
+    "DART": dyrate.DART(rate=1 - 132 / 576, pivots=3),
 }  # fmt: skip
 
 

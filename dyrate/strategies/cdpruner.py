@@ -1,0 +1,64 @@
+"""CDPruner (arXiv:2506.10967): before the decoder, a determinantal point process of relevance and diversity."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from dyrate.seen import kept_count
+from dyrate.strategy import Strategy
+
+
+@dataclass(kw_only=True)
+class CDPruner(Strategy):
+    """CDPruner (arXiv:2506.10967): greedy most likely set of a determinantal point process, relevance times similarity.
+
+    rate: share dropped, in [0, 1]. Similarity is the cosine of projected image tokens. Relevance is the mean cosine of an image
+    token and the instruction's embeddings, scaled to (0, 1]: a departure, for its code asks CLIP's text tower, which these
+    models do not carry.
+    """
+
+    rate: float = 0.5
+    first_pruned_layer: int = 0
+    positions: str = "compact"
+    each_step = False
+
+    def stages(self, n_layers):
+        return (0,)
+
+    def keep(self, seen):
+        return 1 - self.rate
+
+    def score(self, seen):
+        score = torch.zeros(seen.image.shape, device=seen.image.device)
+        hidden, text = (F.normalize(x.float(), dim=-1) for x in (seen.hidden, seen.instruction_hidden))
+        for i, image in enumerate(seen.image):
+            index = image.nonzero()[:, 0]
+            tokens = hidden[i, index]
+            relevance = (tokens @ text[i, seen.instruction_real[i]].T).mean(1)
+            relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min() + 1e-6)
+            order = likeliest(relevance[:, None] * (tokens @ tokens.T) * relevance, kept_count(len(index), 1 - self.rate))
+            score[i, index[order]] = torch.arange(len(order), 0, -1, device=score.device, dtype=score.dtype)
+        return score
+
+    def selector_macs(self, shape, n_image, n_instruction):
+        kept = kept_count(n_image, 1 - self.rate)
+        return n_image * (n_image + n_instruction) * shape.width + n_image * kept * (kept - 1) // 2
+
+    @classmethod
+    def at(cls, retention, n_layers, **fields):
+        return cls(rate=1 - retention, **fields)
+
+
+def likeliest(kernel, count: int):
+    """Indices of `count` items in the order of greedy MAP inference (Chen et al., 2018). kernel: (n, n), positive semidefinite."""
+    left = kernel.diagonal().clone()
+    rows = kernel.new_zeros(count, len(kernel))
+    chosen = []
+    for step in range(count):
+        chosen.append(int(left.argmax()))
+        gain = left[chosen[-1]].clamp(min=1e-12).sqrt()
+        rows[step] = (kernel[chosen[-1]] - rows[:step, chosen[-1]] @ rows[:step]) / gain
+        left = left - rows[step] ** 2
+        left[chosen] = -torch.inf
+    return torch.tensor(chosen, dtype=torch.long, device=kernel.device)

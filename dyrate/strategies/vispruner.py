@@ -1,0 +1,62 @@
+"""VisPruner (arXiv:2412.01818): before the decoder, half by [CLS] attention, half by removing near-duplicates."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from dyrate.seen import kept_count
+from dyrate.strategy import Strategy
+
+
+@dataclass(kw_only=True)
+class VisPruner(Strategy):
+    """VisPruner (arXiv:2412.01818; with important=1 FasterVLM): tokens that [CLS] attends to, and distinct ones of the rest.
+
+    rate: share dropped, in [0, 1]. important: share of the kept ones chosen by [CLS] attention. The rest, ordered by it, loses
+    eight at a time: of every second token those that most resemble one of the others (features before the projector).
+    """
+
+    rate: float = 0.5
+    important: float = 0.5
+    first_pruned_layer: int = 0
+    positions: str = "compact"
+    each_step = False
+    needs = frozenset({"vision"})
+
+    def stages(self, n_layers):
+        return (0,)
+
+    def keep(self, seen):
+        return 1 - self.rate
+
+    def score(self, seen):
+        score = seen.vision.cls_attention.clone()
+        for i, image in enumerate(seen.image):
+            n = int(image.sum())
+            count = kept_count(n, 1 - self.rate)
+            order = score[i].masked_fill(~image, -torch.inf).argsort(descending=True, stable=True)[:n]
+            important = int(count * self.important)
+            score[i, order[:important]] += 2
+            score[i, distinct(seen.vision.features[i], order[important:], count - important)] += 1
+        return score
+
+    def selector_macs(self, shape, n_image, n_instruction):
+        """Likeness of every second token to the others, eight removed at a time; at most."""
+        rounds = -(-kept_count(n_image, self.rate) // 8)
+        return n_image * shape.tower_width + rounds * (n_image // 2) ** 2 * shape.tower_width
+
+    @classmethod
+    def at(cls, retention, n_layers, **fields):
+        return cls(rate=1 - retention, **fields)
+
+
+def distinct(features, left, count: int):
+    """Of the tokens `left`, indices into features (n, width), `count` that resemble one another least."""
+    features = F.normalize(features.float(), dim=-1)
+    while len(left) > count > 0:
+        even, odd = left[::2], left[1::2]
+        surplus = min(8, len(left) - count)
+        order = (features[even] @ features[odd].T).amax(1).argsort(descending=True)
+        left = torch.cat([even[order[surplus:]], odd])
+    return left[:count]
