@@ -7,19 +7,9 @@ import torch
 
 import families
 
-EVERY_STRATEGY = (families.llava, families.qwen, families.idefics)
-SOME_STRATEGIES = (families.llava_next, families.qwen_2_5, families.smolvlm)
-
-
-@pytest.fixture(scope="session", params=EVERY_STRATEGY, ids=lambda make: make.__name__)
+@pytest.fixture(scope="session", params=families.FAMILIES, ids=lambda make: make.__name__)
 def family(request):
-    """(model, inputs of a ragged left-padded batch of two) of the families that every strategy is tried on."""
-    return families.ready(request.param)
-
-
-@pytest.fixture(scope="session", params=SOME_STRATEGIES, ids=lambda make: make.__name__)
-def further_family(request):
-    """The same of those that some strategies are tried on."""
+    """(model, inputs of a ragged left-padded batch of two), for every supported family."""
     return families.ready(request.param)
 
 

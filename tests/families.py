@@ -5,15 +5,22 @@ from transformers import (
     CLIPVisionConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
@@ -87,6 +94,51 @@ def smolvlm():
     text = {**TEXT, "model_type": "llama"}
     config = SmolVLMConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, scale_factor=2, pad_token_id=0)
     return SmolVLMForConditionalGeneration(config), 4, lambda rows: {"pixel_values": torch.randn(rows, 1, 3, 16, 16)}
+
+
+def qwen_3():
+    """Features of three tower layers are added to the image tokens after the first three decoder layers (DeepStack)."""
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True, "rope_theta": 10000.0}
+    vision = dict(
+        depth=3, hidden_size=32, num_heads=4, patch_size=4, spatial_merge_size=2, out_hidden_size=32, intermediate_size=48,
+        temporal_patch_size=2, num_position_embeddings=64, deepstack_visual_indexes=[0, 1, 2],
+    )  # fmt: skip
+    config = Qwen3VLConfig(
+        text_config={**TEXT, "head_dim": 8, "rope_parameters": rope, "rope_scaling": rope}, vision_config=vision,
+        image_token_id=IMAGE, video_token_id=61, vision_start_token_id=58, vision_end_token_id=59,
+    )  # fmt: skip
+
+    def images(rows):
+        return {"pixel_values": torch.randn(64 * rows, 3 * 2 * 16), "image_grid_thw": torch.tensor([[1, 8, 8]] * rows)}
+
+    return Qwen3VLForConditionalGeneration(config), 16, images
+
+
+def llava_onevision():
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4
+    )
+    config = LlavaOnevisionConfig(
+        vision_config=vision, text_config={**TEXT, "model_type": "qwen2"}, image_token_index=IMAGE, video_token_index=61,
+        image_grid_pinpoints=[[32, 32]], vision_feature_layer=-1,
+    )  # fmt: skip
+
+    def images(rows):
+        return {"pixel_values": torch.randn(rows, 5, 3, 16, 16), "image_sizes": torch.tensor([[32, 32]] * rows)}
+
+    return LlavaOnevisionForConditionalGeneration(config), 88, images
+
+
+def internvl():
+    vision = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=[16, 16], patch_size=[4, 4]
+    )
+    text = {**TEXT, "model_type": "qwen2"}
+    config = InternVLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, downsample_ratio=0.5)
+    return InternVLForConditionalGeneration(config), 4, lambda rows: {"pixel_values": torch.randn(rows, 3, 16, 16)}
+
+
+FAMILIES = (llava, llava_next, llava_onevision, qwen, qwen_2_5, qwen_3, idefics, smolvlm, internvl)
 
 
 def ready(make):

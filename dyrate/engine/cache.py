@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from dyrate.engine.kept import take
@@ -61,6 +62,17 @@ def _take_slots(x: Tensor, index: Int[Tensor, "batch n"]) -> Tensor:
     batch, heads, slots, dim = x.shape
     taken = take(x.reshape(1, batch * heads, slots, dim)[0], index.repeat_interleave(heads, 0))
     return taken.view(batch, heads, index.shape[1], dim)
+
+
+def check_layers(model: PreTrainedModel, pruned: Iterable[int]) -> None:
+    """Raises ValueError that names the layers which attend in sliding windows: these cannot miss tokens."""
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    if sliding := [i for i in pruned if i < len(layers) and type(layers[i]) is not DynamicLayer]:
+        named = ", ".join(map(str, sliding[:6])) + (", ..." if len(sliding) > 6 else "")
+        raise ValueError(
+            f"layers {named} of this {model.config.model_type!r} model attend in sliding-window caches, which cannot be pruned: "
+            "choose a model with full attention in every layer from first_pruned_layer on"
+        )
 
 
 def check_cache_layer(layer, index: int) -> None:

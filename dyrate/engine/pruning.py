@@ -22,7 +22,8 @@ from transformers.cache_utils import DynamicLayer
 
 from dyrate.attention import LayerAttention
 from dyrate.data import Example
-from dyrate.engine.cache import PrunedLayer, check_cache_layer
+from dyrate.engine.cache import PrunedLayer, check_cache_layer, check_layers
+from dyrate.engine.deepstack import deepstack
 from dyrate.engine.kept import Held, Rows, take
 from dyrate.engine.masks import decode_mask, mask_form, prefill_mask
 from dyrate.engine.observing import decoder_layers, observe
@@ -59,11 +60,13 @@ def prune(
     if stages and observed and observed[-1] >= max(1, stages[-1]):
         raise ValueError(f"{strategy}: layer {observed[-1]} is observed too late for a decision before layer {stages[-1]}")
     run = _Pruning(model, strategy, stages, observed, processor, examples)
+    check_layers(model, run.stage_of)
     asked = stages if "own_attention" in strategy.needs else []
     with ExitStack() as stack:
         if static:
             stack.enter_context(static_steps(model, stages, run.observed, static))
         stack.enter_context(observe(model, run.observe, sorted({*observed, *asked})))
+        stack.enter_context(deepstack(model, run.columns))
         stack.callback(model.register_forward_pre_hook(run.begin, with_kwargs=True).remove)
         stack.callback(model.register_forward_hook(run.end).remove)
         if "embeddings" in strategy.needs:
@@ -132,6 +135,7 @@ class _Pruning:
                 "cache made elsewhere are not supported. Give the whole prompt at once, with a fresh cache"
             )
         self.step += 1
+        self.stage = -1
         self.observed.clear()
         self.shares = {}
 
@@ -152,6 +156,10 @@ class _Pruning:
         held = {first: self.rows.held[first] for first in self.stages} or {self.n_layers: self.rows.held[-1]}
         decided = [Stage(first, list(h.counts), h.kept, self.shares.get(first)) for first, h in held.items()]
         self.trace.steps.append(Step(decided, sizes, [n + self.step for n in self.rows.n_real]))
+
+    def columns(self) -> Tensor | None:
+        """The prompt position of each token that the layer entered last holds; None while all are there."""
+        return self.rows.held[self.stage].columns
 
     # -- what is observed ----------------------------------------------------------------------------------------------
 
@@ -176,6 +184,7 @@ class _Pruning:
         hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         stage, cache = self.stage_of[layer], kwargs["past_key_values"]
         held = self.rows.held[stage]
+        self.stage = stage
         if self.step == 0:
             self._own(cache, layer)
             if layer == stage:

@@ -69,12 +69,6 @@ def test_dropping_equals_masking(family, name, fields, decoding):
     compare(out, slow, trace, decoding)
 
 
-@pytest.mark.parametrize("name", ["FastV", "FastVRerank", "LinearAnneal", "PyramidDrop", "SparseVLM", "NoRoPE", "UniformPool"])
-@pytest.mark.parametrize("decoding", DECODINGS)
-def test_further_families(further_family, name, decoding):
-    test_dropping_equals_masking(further_family, name, {}, decoding)
-
-
 @pytest.mark.parametrize(("name", "fields"), CASES, ids=ids_of(CASES))
 def test_a_batch_of_one(family, name, fields):
     model, inputs = family
@@ -341,19 +335,23 @@ def test_no_image_and_nan_are_named():
         model.generate(**inputs, max_new_tokens=2)
 
 
-def test_sliding_windows_are_named():
-    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
+@pytest.mark.parametrize("sliding", ["mistral", "gemma3"])
+def test_sliding_windows_are_named_before_anything_runs(sliding):
+    from transformers import CLIPVisionConfig, Gemma3Config, Gemma3ForConditionalGeneration, LlavaConfig, MistralConfig
+    from transformers import LlavaForConditionalGeneration, SiglipVisionConfig
 
-    from families import TEXT
-
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4
-    )
-    config = LlavaConfig(vision_config=vision, text_config=MistralConfig(**TEXT, sliding_window=8), image_token_index=IMAGE)
-    model = LlavaForConditionalGeneration(config).eval()
-    _, inputs = long_images(4)
-    with pytest.raises(ValueError, match="sliding-window"), dyrate.FastV()(model):
-        model.generate(**inputs, max_new_tokens=2)
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4)
+    if sliding == "mistral":
+        text = MistralConfig(**families.TEXT, sliding_window=8)
+        config = LlavaConfig(vision_config=CLIPVisionConfig(**vision), text_config=text, image_token_index=IMAGE)
+        model, named = LlavaForConditionalGeneration(config), "layers 2, 3, 4"
+    else:  # every second layer slides here; in the released models five of six
+        types = ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]
+        text = {**families.TEXT, "head_dim": 8, "layer_types": types, "sliding_window": 8}
+        config = Gemma3Config(vision_config=SiglipVisionConfig(**vision).to_dict(), text_config=text, image_token_index=IMAGE)
+        model, named = Gemma3ForConditionalGeneration(config), "layers 2, 4"
+    with pytest.raises(ValueError, match=rf"{named} .*sliding-window"), dyrate.FastV()(model.eval()):
+        pytest.fail("attached")
 
 
 def test_encoder_side_needs_a_cls():
