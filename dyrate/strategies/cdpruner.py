@@ -53,6 +53,7 @@ class CDPruner(Strategy):
 def likeliest(kernel, count: int):
     """Indices of `count` items in the order of greedy MAP inference (Chen et al., 2018). kernel: (n, n), positive semidefinite."""
     left = kernel.diagonal().clone()
+    least = 1e-5 * left.max()  # below is rounding: where more are wanted than the kernel has ranks, the first of what is left
     rows = kernel.new_zeros(count, len(kernel))
     chosen = []
     for step in range(count):
@@ -60,5 +61,6 @@ def likeliest(kernel, count: int):
         gain = left[chosen[-1]].clamp(min=1e-12).sqrt()
         rows[step] = (kernel[chosen[-1]] - rows[:step, chosen[-1]] @ rows[:step]) / gain
         left = left - rows[step] ** 2
+        left[left < least] = 0
         left[chosen] = -torch.inf
     return torch.tensor(chosen, dtype=torch.long, device=kernel.device)
