@@ -142,7 +142,7 @@ def ledger(
             "prefill": prefill_macs(shape, whole[0, row], mlp_matrices), "decode": decode,
             "lm_head": (1 + len(steps)) * shape.width * shape.vocabulary,
             "selector": int(tokens[: 1 + len(steps) if strategy.each_step else 1, row][:, observed].sum()) * shape.width
-            + strategy.selector_macs(shape, trace.n_image[row], trace.n_instruction[row]),
+            + strategy.selector_macs(shape, trace.prefill(row)),
             "kv_bytes": kv_bytes(shape, last, itemsize),
             "kv_read_bytes": sum(kv_bytes(shape, n, itemsize) for n in steps),
         })  # fmt: skip

@@ -16,7 +16,7 @@ POCKET = Path(__file__).resolve().parent.parent / "data" / "pocket"
 BUILT_IN = {
     "pocket": (POCKET, "install dyrate from its repository with `pip install -e .`, or train it with `make pocket`"),
 }
-FAMILIES = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "idefics3", "smolvlm")
+FAMILIES = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl", "idefics3", "smolvlm")
 # A hub checkpoint may change under its name; the study names the state that it was written for.
 REVISIONS = {
     "llava-hf/llava-1.5-7b-hf": "b234b804b114d9e37bb655e11cbbb5f5e971b7a9",

@@ -16,7 +16,7 @@ from torch import Tensor
 from dyrate.data import Example
 from dyrate.engine import prune
 from dyrate.seen import Seen
-from dyrate.trace import Trace
+from dyrate.trace import PrefillTokens, Trace
 
 STRATEGIES: dict[str, type[Strategy]] = {}
 
@@ -75,8 +75,11 @@ class Strategy:
         """New hidden states for the kept tokens, with something of the dropped ones; None leaves them as they are."""
         return None
 
-    def selector_macs(self, shape, n_image: int, n_instruction: int) -> int:
-        """Multiply-accumulates of deciding at all stages of one prefill, beside the observed rows of attention."""
+    def selector_macs(self, shape, tokens: PrefillTokens) -> int:
+        """Multiply-accumulates of deciding at all stages of one prefill, beside the observed rows of attention.
+
+        shape: of the model, a `cost.Shape`. tokens: what the stages of this prefill saw and left.
+        """
         return 0
 
     def slots(self, tokens: Int[Tensor, " n"]) -> Int[Tensor, " n"]:

@@ -33,6 +33,15 @@ class Step:
     tokens: list[int]
 
 
+@dataclass(frozen=True)
+class PrefillTokens:
+    """Tokens of one row in the prefill. image: image tokens before the first stage, and after each."""
+
+    text: int
+    instruction: int
+    image: list[int]
+
+
 @dataclass
 class Trace:
     """The record of one `generate`: `steps[0]` is the prefill. With beams, rows are beams as they stood at each step.
@@ -56,6 +65,12 @@ class Trace:
         starts = [stage.layer for stage in self.steps[0].stages]
         layers = np.diff([*starts, self.n_layers]) if starts[0] < self.n_layers else [1]  # no pruned layer: all are kept
         return np.average(counts, axis=1, weights=layers) / np.array(self.n_image)
+
+    def prefill(self, row: int) -> PrefillTokens:
+        """The tokens of one row in the prefill."""
+        step = self.steps[0]
+        image = [self.n_image[row], *(stage.counts[row] for stage in step.stages)]
+        return PrefillTokens(step.tokens[row] - self.n_image[row], self.n_instruction[row], image)
 
     def frame(self) -> pd.DataFrame:
         """One row per step, batch row and stage: kept image tokens, retention, cached bytes (all layers), segment shares."""

@@ -38,3 +38,13 @@ def deepstack(model: PreTrainedModel, columns: Callable[[], Tensor | None]) -> I
         yield
     finally:
         del decoder._deepstack_process
+
+
+def check_deepstack(model: PreTrainedModel, first: int) -> None:
+    """Raises ValueError where the decoder adds features after layer `first` or a deeper one."""
+    added = len(getattr(model.config.vision_config, "deepstack_visual_indexes", ()))
+    if first < added:
+        raise ValueError(
+            f"this {model.config.model_type!r} model adds visual features after each of its first {added} layers: train a "
+            f"predictor with first_pruned_layer={added} or more"
+        )

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from dyrate.attention import LayerAttention
+from dyrate.engine.deepstack import check_deepstack
 from dyrate.engine.observing import decoder_layers, observe
 
 
@@ -22,8 +23,12 @@ class _Enough(Exception):
 def run_below(
     model: PreTrainedModel, inputs: dict, first: int, observed: Iterable[int]
 ) -> tuple[Tensor, tuple[Tensor, ...], dict[int, LayerAttention]]:
-    """Run the layers before `first` over whole sequences: hidden states that enter it, rotary embeddings, observed attention."""
+    """Run the layers before `first` over whole sequences: hidden states that enter it, rotary embeddings, observed attention.
+
+    Raises ValueError where the decoder adds visual features after `first` (DeepStack), which `run_above` does not do.
+    """
     caught: dict = {}
+    check_deepstack(model, first)
     found: dict[int, LayerAttention] = {}
 
     def stop(module, args, kwargs):

@@ -41,9 +41,10 @@ class CDPruner(Strategy):
             score[i, index[order]] = torch.arange(len(order), 0, -1, device=score.device, dtype=score.dtype)
         return score
 
-    def selector_macs(self, shape, n_image, n_instruction):
-        kept = kept_count(n_image, 1 - self.rate)
-        return n_image * (n_image + n_instruction) * shape.width + n_image * kept * (kept - 1) // 2
+    def selector_macs(self, shape, tokens):
+        """Similarities, relevance, and in each greedy step the rows so far."""
+        n, kept = tokens.image
+        return n * (n + tokens.instruction) * shape.width + n * kept * (kept - 1) // 2
 
     @classmethod
     def at(cls, retention, n_layers, **fields):

@@ -116,8 +116,8 @@ class AllWords(FastV):
         rows, real = seen.instruction_attention
         return (rows * real[..., None]).sum(1) / real.sum(1, keepdim=True)
 
-    def selector_macs(self, shape, n_image, n_instruction):
-        return n_image * n_instruction * shape.width
+    def selector_macs(self, shape, tokens):
+        return tokens.image[0] * tokens.instruction * shape.width
 
 
 @dataclass(kw_only=True)
@@ -127,8 +127,8 @@ class NoRoPE(FastV):
     needs = frozenset({"no_rope"})
     control = True
 
-    def selector_macs(self, shape, n_image, n_instruction):
-        return n_image * shape.width
+    def selector_macs(self, shape, tokens):
+        return tokens.image[0] * shape.width
 
     def score(self, seen):
         return seen.no_rope_attention.mean(1)

@@ -41,5 +41,6 @@ class DART(FastV):
             score[i, order] = torch.arange(len(order), 0, -1, device=score.device, dtype=score.dtype)
         return score
 
-    def selector_macs(self, shape, n_image, n_instruction):
-        return 2 * self.pivots * n_image * shape.width
+    def selector_macs(self, shape, tokens):
+        """Likeness of every image token to each pivot."""
+        return 2 * self.pivots * tokens.image[0] * shape.width

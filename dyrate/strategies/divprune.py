@@ -36,8 +36,8 @@ class DivPrune(Strategy):
             score[i, index[order]] = torch.arange(len(order), 0, -1, device=score.device, dtype=score.dtype)
         return score
 
-    def selector_macs(self, shape, n_image, n_instruction):
-        return n_image**2 * shape.width
+    def selector_macs(self, shape, tokens):
+        return tokens.image[0] ** 2 * shape.width
 
     @classmethod
     def at(cls, retention, n_layers, **fields):

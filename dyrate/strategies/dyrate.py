@@ -64,7 +64,7 @@ class DyRate(Strategy):
         logits = self.predictor(self.predictor.features(shares, seen.step))
         return 1 - self.predictor.rates[logits.argmax(-1)]
 
-    def selector_macs(self, shape, n_image, n_instruction):
+    def selector_macs(self, shape, tokens):
         return self.predictor.linear.weight.numel()
 
 

@@ -59,9 +59,10 @@ class PruMerge(Strategy):
             merged[i, self.slots(torch.cat([chosen, last]))] = sequence
         return vision.project(merged)
 
-    def selector_macs(self, shape, n_image, n_instruction):
-        """[CLS]'s row, likeness of keys, and projecting once more what was merged."""
-        return n_image * ((1 + n_image) * shape.tower_width + shape.tower_width * shape.width + shape.width**2)
+    def selector_macs(self, shape, tokens):
+        """[CLS]'s row, likeness of the kept tokens' keys to all, and projecting once more."""
+        n, kept = tokens.image
+        return n * ((1 + kept) * shape.tower_width + shape.tower_width * shape.width + shape.width**2)
 
     @classmethod
     def at(cls, retention, n_layers, **fields):

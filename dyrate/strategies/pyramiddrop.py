@@ -34,10 +34,11 @@ class PyramidDrop(Strategy):
     def score(self, seen):
         return seen.own_attention.mean(1)
 
-    def selector_macs(self, shape, n_image, n_instruction):
-        """Normalised queries and keys of each stage's layer once more; at most, for later stages see fewer tokens."""
-        per_stage = (n_image + n_instruction) * shape.width * shape.kv_heads * shape.head_dim + shape.width**2
-        return len(self.stages(shape.layers)) * per_stage
+    def selector_macs(self, shape, tokens):
+        """Queries, keys and values of every token that enters a stage's layer, once more, and the newest query's row."""
+        heads = shape.heads * shape.head_dim
+        projected = heads + 2 * shape.kv_heads * shape.head_dim
+        return sum((tokens.text + n) * (shape.width * projected + heads) for n in tokens.image[:-1])
 
     @classmethod
     def at(cls, retention, n_layers, **fields):

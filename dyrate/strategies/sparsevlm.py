@@ -73,9 +73,9 @@ class SparseVLM(Strategy):
             total += left * (end - stage)
         return total / (n_layers - self.stages(n_layers)[0])
 
-    def selector_macs(self, shape, n_image, n_instruction):
-        """Similarity of instruction and image, and the raters' rows of attention; at most, for later stages see fewer tokens."""
-        return len(self.stages(shape.layers)) * 2 * n_image * n_instruction * shape.width
+    def selector_macs(self, shape, tokens):
+        """At each stage the similarity of instruction and image, and the instruction's rows of attention."""
+        return sum((tokens.image[0] + n + tokens.text) * tokens.instruction * shape.width for n in tokens.image[:-1])
 
     def _share(self, stage, n_layers):
         return self.shares[len(self.shares) - len(self.stages(n_layers)) + list(self.stages(n_layers)).index(stage)]

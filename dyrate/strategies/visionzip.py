@@ -71,12 +71,12 @@ class VisionZip(Strategy):
             seen.notes[i] = place[0].nonzero()[:, 0], dominant[0].nonzero()[:, 0], targets
         return seen.notes[i]
 
-    def selector_macs(self, shape, n_image, n_instruction):
+    def selector_macs(self, shape, tokens):
         """[CLS]'s row, likeness of keys, and projecting once more what was merged."""
-        kept = kept_count(n_image, 1 - self.rate)
+        n, kept = tokens.image
         targets = round(kept * self.contextual)
-        project = n_image * (shape.tower_width * shape.width + shape.width**2)
-        return (n_image + (n_image - kept + 1) * targets) * shape.tower_width + project
+        project = n * (shape.tower_width * shape.width + shape.width**2)
+        return (n + (n - kept + 1) * targets) * shape.tower_width + project
 
     @classmethod
     def at(cls, retention, n_layers, **fields):

@@ -41,10 +41,12 @@ class VisPruner(Strategy):
             score[i, distinct(seen.vision.features[i], order[important:], count - important)] += 1
         return score
 
-    def selector_macs(self, shape, n_image, n_instruction):
-        """Likeness of every second token to the others, eight removed at a time; at most."""
-        rounds = -(-kept_count(n_image, self.rate) // 8)
-        return n_image * shape.tower_width + rounds * (n_image // 2) ** 2 * shape.tower_width
+    def selector_macs(self, shape, tokens):
+        """[CLS]'s row, and likeness of every second token to the others, while eight at a time are removed."""
+        n, kept = tokens.image
+        wanted = kept - int(kept * self.important)
+        left = range(n - int(kept * self.important), wanted, -8) if wanted else ()
+        return (n + sum((x // 2) * (x - x // 2) for x in left)) * shape.tower_width
 
     @classmethod
     def at(cls, retention, n_layers, **fields):

@@ -118,14 +118,24 @@ class Forced(LogitsProcessor):
 
 def random_predictor(model, residency, **fields):
     text = model.config.get_text_config()
+    if model.config.model_type == "qwen3_vl":
+        fields = {"first_pruned_layer": 3} | fields  # its decoder adds visual features after the first three layers
     torch.manual_seed(5)
-    predictor = RatePredictor(
+    return RatePredictor(
         text.num_attention_heads, text.num_hidden_layers, model.config.model_type, n_rates=8, residency=residency, **fields
     )
-    return predictor
 
 
 ANSWERS = [[5, 9, 11, 30, 7, 2], [8, 40, 2]]
+
+
+def test_training_below_the_added_features_is_refused():
+    import families
+
+    model, inputs = families.ready(families.qwen_3)
+    predictor = random_predictor(model, "evict", first_pruned_layer=2)
+    with pytest.raises(ValueError, match="train a predictor with first_pruned_layer=3 or more"):
+        prepare_tokens(model, predictor, inputs, ANSWERS)
 
 
 @pytest.mark.parametrize("residency", ["evict", "mask"])
