@@ -14,13 +14,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import model_matrix
 import nbformat
 import pandas as pd
 import yaml
 
 from study.book import ROOT, shown_table
-from study.quality import BARS
 from study.protocol import reported
+from study.quality import BARS
 
 BOOK = Path(__file__).resolve().parent
 
@@ -65,6 +66,7 @@ def write_pages(executed: list[Path], repository: str | None) -> Path:
             shutil.copy(picture, BOOK / "_assets" / "hero.png")
     (BOOK / "made.md").write_text(how_made(made))
     (BOOK / "_found.md").write_text(findings(made))
+    (BOOK / "models.md").write_text(model_matrix.page())
     toc = BOOK / "_toc.generated.yml"
     toc.write_text(yaml.safe_dump(with_pages(yaml.safe_load((BOOK / "_toc.yml").read_text()), {p.stem for p in executed})))
     return toc

@@ -7,6 +7,7 @@ import torch
 
 import families
 
+
 @pytest.fixture(scope="session", params=families.FAMILIES, ids=lambda make: make.__name__)
 def family(request):
     """(model, inputs of a ragged left-padded batch of two), for every supported family."""

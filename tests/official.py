@@ -70,7 +70,7 @@ def sparsevlm(model, ids, pixels, tokens=(300, 200, 110)):
     """v1.5: layers 2, 6, 15 of 32 run whole; rank by their attention from raters chosen at the input; recycle; append."""
     projector = model.model.multi_modal_projector
     hidden, start, end = embedded(model, ids, projector(tower(model, pixels)[0][-2][1:]))
-    layers, found = model.get_decoder().layers, {}
+    layers, found, weights = model.get_decoder().layers, {}, None
     relevance = (hidden[start:end] @ hidden[end:].T).softmax(1).mean(0)
     raters = [j for j, r in enumerate(relevance) if r > relevance.mean()]
     stages = [round(len(layers) * i / 32) for i in (3, 7, 16)]
@@ -106,7 +106,7 @@ def clusters(points, n):
 
 
 def visionzip(model, ids, pixels, dominant=54, contextual=10):
-    """[CLS] and dominant - 1 patches by its attention in the layer before the last; contextual targets plus the mean of theirs."""
+    """[CLS] and dominant - 1 patches by its attention before the last layer; contextual targets plus the mean of theirs."""
     states, attention, projected = tower(model, pixels)
     used = len(attention) - 2
     heads = attention[used].shape[0]
@@ -199,7 +199,7 @@ def vispruner(model, ids, pixels, count=64, important=0.5):
 def cdpruner(model, ids, pixels, count=24):
     """Greedy MAP of a determinantal point process, by determinants; relevance from the instruction's embeddings (ours)."""
     features = projected(model, pixels)
-    hidden, start, end = embedded(model, ids, features)
+    hidden, _, end = embedded(model, ids, features)
     unit, text = features / features.norm(dim=-1, keepdim=True), hidden[end:] / hidden[end:].norm(dim=-1, keepdim=True)
     relevance = (unit @ text.T).mean(1)
     relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min() + 1e-6)

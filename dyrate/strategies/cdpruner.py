@@ -52,7 +52,7 @@ class CDPruner(Strategy):
 
 
 def likeliest(kernel, count: int):
-    """Indices of `count` items in the order of greedy MAP inference (Chen et al., 2018). kernel: (n, n), positive semidefinite."""
+    """Indices of `count` items in the order of greedy MAP inference (Chen et al., 2018). kernel: (n, n), semidefinite."""
     left = kernel.diagonal().clone()
     least = 1e-5 * left.max()  # below is rounding: where more are wanted than the kernel has ranks, the first of what is left
     rows = kernel.new_zeros(count, len(kernel))

@@ -51,9 +51,8 @@ class PruMerge(Strategy):
             alike[chosen[:, None] == real] = -torch.inf
             near = real[alike.topk(min(self.neighbours, len(real) - 1), -1).indices]  # (chosen, neighbour)
             others = real[~torch.isin(real, chosen)]
-            sequence = torch.cat([
-                features[chosen] + (features[near] * weight[near]).sum(1), (features[others] * weight[others]).sum(0, keepdim=True)
-            ])  # fmt: skip
+            rest = (features[others] * weight[others]).sum(0, keepdim=True)
+            sequence = torch.cat([features[chosen] + (features[near] * weight[near]).sum(1), rest])
             last = kept[i].nonzero()[:, 0]
             last = last[~torch.isin(last, chosen)]
             merged[i, self.slots(torch.cat([chosen, last]))] = sequence
@@ -103,7 +102,8 @@ class PruMergePlus(PruMerge):
         best = order[: (count + 1) // 2]
         rest = image.nonzero()[:, 0]
         rest = rest[~torch.isin(rest, best)]
-        return torch.cat([best, rest[torch.arange(count - len(best), device=order.device) * len(rest) // max(1, count - len(best))]])
+        n = count - len(best)
+        return torch.cat([best, rest[torch.arange(n, device=order.device) * len(rest) // max(1, n)]])
 
 
 def outliers(attention):

@@ -337,8 +337,15 @@ def test_no_image_and_nan_are_named():
 
 @pytest.mark.parametrize("sliding", ["mistral", "gemma3"])
 def test_sliding_windows_are_named_before_anything_runs(sliding):
-    from transformers import CLIPVisionConfig, Gemma3Config, Gemma3ForConditionalGeneration, LlavaConfig, MistralConfig
-    from transformers import LlavaForConditionalGeneration, SiglipVisionConfig
+    from transformers import (
+        CLIPVisionConfig,
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        MistralConfig,
+        SiglipVisionConfig,
+    )
 
     vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4)
     if sliding == "mistral":

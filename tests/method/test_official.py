@@ -1,14 +1,14 @@
 """Published methods against their authors' rules, on 576 image tokens: the same tokens, merged alike, in the same order."""
 
-import official
 import pytest
 import torch
-from families import TEXT
-from laws import IMAGE
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import dyrate
+import official
 from dyrate.engine import decoder_layers
+from families import TEXT
+from laws import IMAGE
 
 CASES = {
     "FastV": (dyrate.FastV(rate=0.5), official.fastv, {}),

@@ -101,7 +101,7 @@ def test_visionzip_keeps_cls_dominant_and_merged_contextual_tokens():
 
 
 def test_visionzip_merges_into_the_most_similar():
-    # one dominant (0), [CLS] in the place of 1; two contextual among 1..5, every second: 1 and 3; 2 resembles 1, 4 and 5 resemble 3
+    # dominant 0, [CLS] in the place of 1; contextual 1 and 3 of 1..5; 2 resembles 1, 4 and 5 resemble 3
     keys = [[1.0, 0], [1, 0], [1, 0.1], [0, 1], [0, 1], [0.1, 1]]
     at = seen(n_image=6, layer=0, vision=tower([0.4, 0.1, 0.1, 0.1, 0.2, 0.1], keys, [[float(i)] for i in range(6)]))
     merged = dyrate.VisionZip(rate=2 / 6, contextual=0.5, positions="kept").merge(at, None)[0, :, 0].tolist()
