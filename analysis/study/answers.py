@@ -31,6 +31,7 @@ from dyrate.atomic import write_whole
 from dyrate.cost import ledger, shape_of
 from dyrate.data import Example, Examples
 from dyrate.distributed import this_process
+from dyrate.engine import encode_images
 from dyrate.generation import answer_batch, encode
 from dyrate.strategy import Strategy
 from study import controls
@@ -135,7 +136,7 @@ def _inputs(model, processor, batch: Sequence[Example]) -> tuple[BatchFeature, B
     """A batch as `encode` makes it, and with the vision tower's output, which is the same under most strategies."""
     inputs = encode(processor, [e.image() for e in batch], [e.prompt for e in batch]).to(model.device, model.dtype)
     with torch.inference_mode():
-        return inputs, BatchFeature(model._maybe_prepare_encoder_kwargs_for_generation(None, dict(inputs), None, None))
+        return inputs, encode_images(model, inputs)
 
 
 def _measure(model, processor, inputs, strategy: Strategy, batch: list[Example], settings: dict) -> list[dict]:

@@ -8,11 +8,20 @@ from contextlib import ExitStack, contextmanager
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BatchFeature, PreTrainedModel
 
 from dyrate.attention import LayerAttention
 from dyrate.engine.observing import observe_modules
 from dyrate.seen import Vision
+
+
+def encode_images(model: PreTrainedModel, inputs: BatchFeature) -> BatchFeature:
+    """Inputs of `generate` with the vision tower's output, so that several calls on a batch run the tower once.
+
+    Give each call a deep copy, since `generate` repeats the output in place for beams; and give a strategy that needs
+    "vision" the inputs without it, since it reads the tower at work.
+    """
+    return BatchFeature(model._maybe_prepare_encoder_kwargs_for_generation(None, dict(inputs), None, None))
 
 
 class Tower:
