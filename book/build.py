@@ -156,7 +156,7 @@ def pocket_section() -> list[str]:
     record = json.loads((ROOT / "data" / "pocket" / "training.json").read_text())
     lines = [
         "## The pocket LLaVA", "",
-        f"Trained by `{record['command']}` on {record['scenes_seen']:,} rendered scenes in {record['hours']} hours on "
+        f"Trained by `make pocket` on {record['scenes_seen']:,} rendered scenes in {record['hours']} hours on "
         f"{record['device']} (seed {record['config']['seed']}).", record.get("notes", ""), "",
     ]  # fmt: skip
     quality = ROOT / "data" / "results" / "pocket" / "pocket_quality.json"

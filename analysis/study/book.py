@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,9 +16,9 @@ from myst_nb import glue
 
 from dyrate.atomic import write_whole
 from dyrate.data import Examples
+from study.profiles import ROOT
 from study.protocol import protocol_rows
 
-ROOT = Path(__file__).resolve().parents[2]  # of the checkout
 NUMBER = ("value", "low", "high", "n")  # what is recorded of a number with its interval
 
 

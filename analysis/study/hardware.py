@@ -17,7 +17,7 @@ import torch
 from dyrate.atomic import write_whole
 from dyrate.cost import LLAVA_7B, LLAVA_13B
 from study import planning
-from study.planning import Machine
+from study.bench.machine import Machine, name_of_device, probe
 from study.profiles import ROOT, defaults, planned, read_plan
 from study.runner import spoken
 
@@ -72,7 +72,7 @@ def readme(text: str) -> str:
 
 if __name__ == "__main__":
     if "--probe" in sys.argv:
-        about = {"device": planning.name_of_device(), "torch": torch.__version__}
-        python = min(planning.probe().seconds_per_layer for _ in range(5))
+        about = {"device": name_of_device(), "torch": torch.__version__}
+        python = min(probe().seconds_per_layer for _ in range(5))
         write_whole(PROBE, json.dumps(about | {"seconds_per_layer": python}, indent=1) + "\n")
     write_whole(README, readme(README.read_text(encoding="utf-8")))

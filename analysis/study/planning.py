@@ -1,48 +1,30 @@
 """How long a chapter takes and how much memory it needs, estimated before it runs.
 
-The ledger (`dyrate.cost`) counts multiply-accumulates and bytes of what a profile asks for; a probe of seconds measures what
-the device does of each in a second, and how long Python takes for a layer, below which no small batch falls. Every answer is
-taken to be as long as it may be.
+The ledger (`dyrate.cost`) counts multiply-accumulates and bytes of what a profile asks for; `study.bench.machine`
+measures what the device does of each in a second, and how long Python takes for a layer, below which no small batch falls.
+Every answer is taken to be as long as it may be.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from dyrate.cost import Shape, decode_macs, prefill_macs, read_bytes, tower_macs
 from dyrate.strategies import STRATEGIES
 from dyrate.training import Settings
+from study.bench.machine import Machine
 from study.chapters.comparison import lineup
 from study.memory import parameters, to_answer, to_train
 
 TEXT = 56  # text tokens of a prompt, as in the efficiency chapter
 CALIBRATION = 7  # rounds at most, of a trained predictor
 CONSTANTS, GRADIENT = 12, 12  # constant rates in chapter 2, and those that the gradient's prediction is compared at
-CONTROLS, FEW = 8, 3  # in chapter 7, and under its other conditions
+CONTROLS, FEW = 9, 3  # in chapter 7 (one less for photographs), and under its other conditions
 LARGE = 1e9  # parameters that want a GPU
 CONTEXT = 2**30  # bytes that a GPU's libraries take
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a device does in a second. seconds_per_layer: of Python, for a layer of one step, however narrow. memory: bytes.
-
-    itemsize: bytes of a number in the type that `load` takes there.
-    """
-
-    name: str
-    macs_per_second: float
-    bytes_per_second: float
-    seconds_per_layer: float
-    memory: float = float("inf")
-    itemsize: int = 2
 
 
 @dataclass(frozen=True)
@@ -78,7 +60,7 @@ def work(chapter: str, values: dict, layers: int, predictors: Sequence[str]) -> 
         budgets = len(v["budgets"])
         return Work(
             answers=budgets * (CALIBRATION * check + unseen), **common,
-            teacher_forced=(budgets + 1) * learn + (CONSTANTS + GRADIENT + budgets + 2) * unseen, held=learn,
+            teacher_forced=learn + (CONSTANTS + GRADIENT + budgets + 1) * unseen, held=learn,
             trained=(budgets + 1) * v["steps"] * v["batch"] * v["accumulate"], train_batch=v["batch"],
             checkpointing=v["checkpointing"],
         )  # fmt: skip
@@ -101,7 +83,8 @@ def work(chapter: str, values: dict, layers: int, predictors: Sequence[str]) -> 
     if chapter.startswith("07"):
         seeds = [len(fnmatch.filter(predictors, f"{start}*")) for start in (v["prefix"], *v["others"].values())]
         watched = sum(seeds) * v["n_validation"] * len(v["tasks"])
-        return Work(answers=watched + (sum(seeds) + CONTROLS + FEW * len(v["others"])) * per_set, **common)
+        controls = CONTROLS if v["source"] == "pocket" else CONTROLS - 1
+        return Work(answers=watched + (sum(seeds) + controls + FEW * len(v["others"])) * per_set, **common)
     return Work()
 
 
@@ -120,8 +103,7 @@ def seconds(found: Work, shape: Shape, machine: Machine) -> float:
     rows = min(found.batch, found.answers)
 
     def bound(macs: float, size: float, passes: int = 1) -> float:
-        arithmetic, memory = macs / machine.macs_per_second, size / machine.bytes_per_second
-        return max(arithmetic, memory, passes * shape.layers * machine.seconds_per_layer)
+        return max(machine.seconds(macs, size), passes * shape.layers * machine.seconds_per_layer)
 
     whole = prefill_macs(shape, [prompt] * shape.layers) + tower_macs(shape)
     middle = [prompt + found.longest // 2] * shape.layers
@@ -145,44 +127,6 @@ def memory(found: Work, shape: Shape, itemsize: int = 2) -> float:
         how = {"batch": found.train_batch, "examples": found.held, "checkpointing": found.checkpointing, "itemsize": itemsize}
         needs.append(to_train(shape, image, TEXT, found.longest, **how))
     return max(sum(need.values()) for need in needs) + CONTEXT
-
-
-def probe(device: str | torch.device | None = None) -> Machine:
-    """Measure a device, in seconds: a matrix product, a copy, and decode steps of a model too narrow to compute."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    on_gpu = device.type == "cuda"
-    dtype, size = (torch.bfloat16, 4096) if on_gpu else (torch.float32, 1024)
-
-    def best(run, repeats: int = 5) -> float:
-        times = []
-        for _ in range(repeats + 1):
-            begun = time.perf_counter()
-            run()
-            if on_gpu:
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - begun)
-        return min(times[1:])
-
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    product = best(lambda: a @ b)
-    block = torch.zeros(2**28 if on_gpu else 2**25, device=device, dtype=torch.uint8)
-    copy = best(block.clone)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=8, num_attention_heads=2, pad_token_id=0
-    )
-    narrow = LlamaForCausalLM(config).eval().to(device, dtype)
-    ids, steps = torch.ones(1, 8, dtype=torch.long, device=device), 16
-    settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "min_new_tokens": steps, "max_new_tokens": steps}
-    with torch.inference_mode():
-        decode = best(lambda: narrow.generate(ids, **settings), 3)
-    speeds = size**3 / product, 2 * block.numel() / copy, decode / steps / config.num_hidden_layers
-    held = torch.cuda.get_device_properties(device).total_memory if on_gpu else float("inf")
-    return Machine(name_of_device(), *speeds, held, dtype.itemsize)
-
-
-def name_of_device() -> str:
-    """The GPU's name, or CPU."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def check_fits(found: Work, shape: Shape, machine: Machine, model: str) -> None:

@@ -30,6 +30,7 @@ from dyrate.atomic import write_whole
 from dyrate.cost import shape_of
 from dyrate.models import read_config
 from study import planning
+from study.bench.machine import name_of_device, probe
 from study.examples import examples
 from study.profiles import ROOT, Plan, defaults, planned, predictors_of, read_plan, reads
 from study.provenance import fingerprint, provenance, recorded, trained_here
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None, description: str | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if sum(expected.values()) > LONG and not given.yes:
-        print(f"about {spoken(sum(expected.values()))} on this {planning.name_of_device()}; continue with --yes")
+        print(f"about {spoken(sum(expected.values()))} on this {name_of_device()}; continue with --yes")
         return 3
     try:
         failed = run(todo, profile, max(1, given.jobs or default_jobs(todo)), given.force or given.check, expected)
@@ -149,7 +150,7 @@ def before(plan: Plan) -> dict[str, float]:
     plan = [(n, v) for n, v in plan if v.get("model", "pocket") != "pocket"]
     if not plan:
         return {}
-    machine = planning.probe()
+    machine = probe()
     speeds = f"{machine.macs_per_second:.3g} multiply-accumulates and {machine.bytes_per_second:.3g} bytes a second"
     print(f"{machine.name}, measured: {speeds}, {1e3 * machine.seconds_per_layer:.2g} ms of Python a layer")
     found = {}

@@ -123,7 +123,7 @@ class _Pruning:
         cache = kwargs.get("past_key_values")
         cached = cache.get_seq_length() if cache is not None else 0
         if ids is None:
-            raise ValueError("pass input_ids: in inputs_embeds alone the image tokens cannot be told from the others")
+            raise ValueError("pass input_ids: inputs_embeds alone do not say which tokens are the image")
         for i in self.stage_of:
             if cache is not None and i < len(cache.layers):
                 check_cache_layer(cache.layers[i], i)

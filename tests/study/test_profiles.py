@@ -167,7 +167,7 @@ def test_long_work_is_asked_for(sections, tmp_path, monkeypatch, capsys):
 
 
 def test_pocket_is_not_probed(monkeypatch):
-    monkeypatch.setattr(planning, "probe", lambda: pytest.fail("probed"))
+    monkeypatch.setattr(runner, "probe", lambda: pytest.fail("probed"))
     assert runner.before(read_plan("pocket")[1]) == {}
 
 
