@@ -67,7 +67,7 @@ def test_a_budget_is_the_retention():
     ("arguments", "message"),
     [
         ({"name": "fastvv"}, "no strategy is called 'fastvv'; there are"),
-        ({"name": "fastv", "ratio": 0.5}, "FastV has no field ratio; it has first_pruned_layer, residency, rate"),
+        ({"name": "fastv", "ratio": 0.5}, "FastV has no field ratio; it has first_pruned_layer, residency, positions, rate"),
         ({"name": "fastv", "names": "[]"}, "no field names"),
         ({"name": "fastv", "rate": 0.5, "budget": 0.5}, "FastV cannot have rate=0.5 beside budget=0.5, which sets the rate"),
         ({"name": "fastv", "rate": "high"}, "cannot have rate=high"),
