@@ -53,8 +53,8 @@ def read_hub_set(name: str) -> tuple[dict[str, list[str]], dict[str, partial[Ima
         from datasets import Dataset
     except ImportError as error:
         raise ImportError(
-            f'the caption set "{name}" is read with the package `datasets`: `pip install "dyrate[hub]"`, or name a folder with '
-            "its photographs and its caption file"
+            f'the caption set "{name}" is read with the package `datasets`: `pip install -e ".[study,hub]" -e analysis`, or '
+            "name a folder with its photographs and its caption file"
         ) from error
     wanted = SETS[name]
     repository, revision = wanted.repository, wanted.revision

@@ -127,7 +127,7 @@ def test_official_splits_are_kept(photographs):
 @pytest.fixture
 def hub(photographs, monkeypatch):
     """Stands in for the hub: nocaps' columns in its validation file, and where it was requested for."""
-    datasets = pytest.importorskip("datasets", reason='hub data sets need `pip install "dyrate[hub]"`')
+    datasets = pytest.importorskip("datasets", reason='hub data sets need `pip install -e ".[study,hub]" -e analysis`')
     rows = {
         "image": [str(photographs / f"photo{i}.jpg") for i in range(3)], "image_id": [4, 8, 6],
         "annotations_captions": [["one", "two"], ["three"], []],
@@ -174,7 +174,7 @@ def test_hub_errors_name_the_remedy():
 
 def test_without_the_package_a_hub_set_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(ImportError, match=r'pip install "dyrate\[hub\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[study,hub\]"'):
         examples("coco2017")
 
 

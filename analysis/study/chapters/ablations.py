@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -126,9 +128,12 @@ def condition(
     if not folder.exists():
         predictor = train(model, processor, learn, settings, validation=validation, batch_size=batch_size).predictor
         if this_process().is_main_process:
-            part = folder.with_name(folder.name + ".part")
+            part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
             predictor.save_pretrained(part)
-            part.replace(folder)
+            try:
+                part.rename(folder)
+            except OSError:  # another run has trained the same meanwhile
+                shutil.rmtree(part)
         this_process().wait_for_everyone()
     return replace(condition_of(folder), **how)
 

@@ -20,7 +20,7 @@ from study.figures.masks import kept_patches
 from study.figures.predictor import (
     budget_met,
     gradient_truth,
-    loss_by_share,
+    loss_by_retention,
     predictor_weights,
     rates_by_image,
     rates_over_steps,

@@ -125,7 +125,7 @@ def predictor_weights(weights: pd.DataFrame) -> Figure:
     return figure
 
 
-def loss_by_share(constant: pd.DataFrame, learned: pd.DataFrame) -> Figure:
+def loss_by_retention(constant: pd.DataFrame, learned: pd.DataFrame) -> Figure:
     """Teacher-forced loss of a constant rate over its retention, and of each trained predictor at its own."""
     constant = constant.sort_values("retention")
     figure, axis = axes_of(7.2, 3.2)
