@@ -33,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for notebook, values in plan:
-        print(f"{notebook.stem}: process {this_process().process_index + 1} of {this_process().num_processes}", flush=True)
+        mine = f"{notebook.stem}: process {this_process().process_index + 1} of {this_process().num_processes}"
+        sys.stdout.write(f"{mine}\n")  # in one piece: print may let another process in before the end of its line
+        sys.stdout.flush()
         measure_of(notebook)(**{**defaults(notebook), **values})
     return 0
 

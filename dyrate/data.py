@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,29 @@ class Example:
     opens: Callable[[], Image.Image] | None = field(default=None, repr=False, compare=False)
 
     def image(self) -> Image.Image:
-        """The image in RGB. Raises OSError naming the file where it cannot be read."""
+        """The image as `upright_rgb` has it. Raises OSError naming the file where it cannot be read."""
         try:
             with self.opens() if self.opens else Image.open(self.path) as image:
-                return image.convert("RGB")
+                return upright_rgb(image)
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise OSError(f"{self.path or self.name} cannot be read as an image: {error}") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A picture as a person sees it: turned as its EXIF says, on white where it is transparent, deep grey values scaled to 8 bit.
+
+    Deep grey values (16 or 32 bit, or floats) are taken to span the least of 1 (floats only), 255 and 65,535 that holds them.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        spans = [1, 255, 65535] if image.mode == "F" else [65535] if ";16" in image.mode else [255, 65535]
+        span = next((s for s in spans if values.max() <= s), values.max())
+        image = Image.fromarray((values.clip(0) * 255 / span).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,13 +18,13 @@ from pathlib import Path
 from PIL import Image
 
 from dyrate.data import Example, Examples
-from study.caption_files import read_captions
+from study.caption_files import image_name, read_captions
 from study.hub_sets import SETS, read_hub_set
 from study.pocket import language
 from study.pocket.scenes import SPLITS, Scene, compose, render, seeds
 
 CAPTION_PROMPT = language.CAPTION_PROMPTS[0]  # of lmms-eval, which the paper used
-IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,12 @@ def examples(
     """
     if split not in (None, *SPLITS):
         raise ValueError(f"split is one of {', '.join(SPLITS)}, not {split!r}")
+    if n is not None and n < 1:
+        raise ValueError(f"n is how many images, at least 1, not {n}")
+    if not tasks:
+        raise ValueError("tasks is empty: name what to ask")
     if str(source) == "pocket":
-        return _pocket(n or 100, tasks, split or "test", start)
+        return _pocket(100 if n is None else n, tasks, split or "test", start)
     if tuple(tasks) != ("caption",):
         raise ValueError(f"{source}: photographs with captions offer the task 'caption' only, not {list(tasks)}")
     if str(source) in SETS:
@@ -96,22 +101,53 @@ def _turn(scene: Scene, task: str) -> tuple[language.Turn | None, tuple[str, ...
 def _of_folder(folder: Path, n: int | None, seed: int, split: str | None) -> Examples:
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder of photographs: {folder} (or name one of {', '.join(SETS)}, or pocket)")
-    files = {p.name: p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_TYPES}
+    files = _files(folder)
     if not files:
         raise FileNotFoundError(f"{folder} holds no image ({', '.join(IMAGE_TYPES)})")
     captions = read_captions(folder)
-    names = [name for name, texts in captions.texts.items() if texts]
+    names, file_of = list(captions.texts), {name: _file_of(name, files) for name in captions.texts}
     captioned = Examples([], str(folder), split=split or ("test" if captions.splits else "all"))
     if captions.splits:
         names, split = [name for name in names if captions.splits[name] == captioned.split], None
-    for name in [name for name in names if name not in files]:
+    for problem in captions.problems:
+        captioned.report(problem)
+    for name in [name for name in names if file_of[name] is None]:
         captioned.report(f"{captions.origin}: the caption of {name} has no image file in {folder}")
-    there = [name for name in names if name in files]
+    there = [name for name in names if file_of[name] is not None]
     if not there:
         raise ValueError(f"{captions.origin}: none of its {len(names)} captioned images is in {folder}")
     chosen = _chosen(there, n, seed, split)
-    captioned.items = [Example(name, "caption", CAPTION_PROMPT, tuple(captions.texts[name]), path=files[name]) for name in chosen]
+    captioned.items = [
+        Example(name, "caption", CAPTION_PROMPT, tuple(captions.texts[name]), path=file_of[name]) for name in chosen
+    ]
     return captioned
+
+
+def _files(folder: Path) -> dict[str, list[tuple[str, Path]]]:
+    """The image files by name, each with its path relative to the folder; without what a Mac hides beside them."""
+    found = defaultdict(list)
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in IMAGE_TYPES and not path.name.startswith("."):
+            found[image_name(path.name)].append((image_name(path.relative_to(folder).as_posix()), path))
+    return found
+
+
+def _file_of(name: str, files: dict[str, list[tuple[str, Path]]]) -> Path | None:
+    """The image file that a caption file means: by its path, else by as much of the path's end as fits, at least its name.
+
+    Raises ValueError where several files fit equally well.
+    """
+    parts = name.split("/")
+    for i in range(len(parts)):
+        end = "/".join(parts[i:])
+        found = [(relative, path) for relative, path in files.get(parts[-1], []) if f"/{relative}".endswith(f"/{end}")]
+        exact = [path for relative, path in found if relative == name]
+        if exact or len(found) == 1:
+            return exact[0] if exact else found[0][1]
+        if found:
+            both = " or ".join(relative for relative, _ in found[:2])
+            raise ValueError(f"the caption of {name} could be meant for {both}: name the folder in the caption file")
+    return None
 
 
 def _of_hub(source: str, n: int | None, seed: int, split: str | None) -> Examples:

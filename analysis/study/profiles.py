@@ -59,7 +59,23 @@ def parameters_of(notebook: Path, profile: dict[str, dict]) -> dict:
     known = defaults(notebook)
     if unknown := set(values) - set(known):
         raise ValueError(f"{notebook.name} has no parameter {sorted(unknown)}; it has {sorted(known)}")
+    for name, value in values.items():
+        check_value(f"{notebook.stem}: {name}", value, known[name])
     return values
+
+
+def check_value(name: str, value, default) -> None:
+    """Raises ValueError for what no chapter can run with, by the notebook's own value: another type, no items, no count."""
+    if isinstance(default, int) and not isinstance(default, bool):
+        least = 0 if name.endswith(("seed", "first_pruned_layer")) else 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} is a whole number of at least {least}, not {value!r}")
+    elif isinstance(default, bool | str | list | dict) and not isinstance(value, type(default)):
+        raise ValueError(f"{name} is a {type(default).__name__} such as {default!r}, not {value!r}")
+    elif isinstance(default, list) and default and not value:
+        raise ValueError(f"{name} is empty; the notebook's own is {default!r}")
+    if name.endswith(("retentions", "budgets")) and not all(isinstance(x, int | float) and 0 < x <= 1 for x in value):
+        raise ValueError(f"{name} are shares of image tokens in (0, 1], not {value!r}")
 
 
 def defaults(notebook: Path) -> dict:

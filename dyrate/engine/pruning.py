@@ -50,8 +50,12 @@ def prune(
     that of the latest `generate`. examples: of the rows, handed on to the strategy. static: room of `static_steps`; 0: eager
     steps. Raises an error before the first token for what cannot be pruned, and says what to do.
     """
+    if any(getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod") for module in model.modules()):
+        raise ValueError("this model is compiled, and strategies cannot enter it: attach them to the model as it was loaded")
     layers = decoder_layers(model)
-    stages = [s for s in strategy.stages(len(layers)) if s < len(layers)]
+    stages = list(strategy.stages(len(layers)))
+    if outside := [s for s in stages if not 0 <= s < len(layers)]:
+        raise ValueError(f"{strategy}: the model has the layers 0 to {len(layers) - 1}, so none to prune from {outside[0]} on")
     if stages != sorted(set(stages)):
         raise ValueError(f"{strategy}: stages must ascend, not {stages}")
     if any(isinstance(getattr(hook, "__self__", None), _Pruning) for hook in model._forward_pre_hooks.values()):
@@ -141,6 +145,8 @@ class _Pruning:
 
     def _begin_prompt(self, ids: Tensor, attention_mask: Tensor | None) -> None:
         real = torch.ones_like(ids) if attention_mask is None else attention_mask
+        if not bool(real[:, -1].all()):
+            raise ValueError('a prompt ends in padding: pad on the left (processor.tokenizer.padding_side = "left")')
         segments = find_segments(ids, self.image_token_id, real, self.system)
         self.rows = Rows.of_prompt(segments, real, self.stages)
         self.step = -1

@@ -33,7 +33,7 @@ class DepthPrune(Strategy):
         super().__post_init__()
 
     def stages(self, n_layers):
-        return range(self.first_pruned_layer, n_layers)
+        return range(self.first_pruned_layer, max(n_layers, self.first_pruned_layer + 1))
 
     def keep(self, seen):
         depth = (seen.layer - self.first_pruned_layer) / max(1, seen.n_layers - 1 - self.first_pruned_layer)

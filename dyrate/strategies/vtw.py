@@ -12,6 +12,10 @@ class VTW(Strategy):
     first_pruned_layer: int = 16
     each_step = False
 
+    def stages(self, n_layers):
+        """None where all layers see the image."""
+        return () if self.first_pruned_layer == n_layers else super().stages(n_layers)
+
     def keep(self, seen):
         return 0.0
 

@@ -335,6 +335,35 @@ def test_no_image_and_nan_are_named():
         model.generate(**inputs, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("strategy", [dyrate.FastV, dyrate.VTW, dyrate.FixedPrune, dyrate.DepthPrune])
+def test_layers_that_the_model_lacks_are_named(strategy):
+    model, _ = long_images(4)
+    n = len(decoder_layers(model))
+    for first in (n + 1, n + 7, *([n] if strategy is not dyrate.VTW else [])):
+        with pytest.raises(ValueError, match=f"layers 0 to {n - 1}, so none to prune from {first} on"):
+            strategy(first_pruned_layer=first)(model).__enter__()
+    with dyrate.VTW.at(1.0, n)(model):  # all layers see the image
+        pass
+
+
+def test_a_compiled_model_is_refused():
+    model, _ = long_images(4)
+    with pytest.raises(ValueError, match="this model is compiled"), dyrate.FastV()(torch.compile(model)):
+        pass
+    model.compile()
+    with pytest.raises(ValueError, match="this model is compiled"), dyrate.FastV()(model):
+        pass
+
+
+def test_padding_on_the_right_is_refused():
+    model, inputs = long_images(4)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], inputs["input_ids"][:, -1:]], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][:, -1] = 0
+    with pytest.raises(ValueError, match="pad on the left"), dyrate.FastV()(model):
+        model.generate(**inputs, max_new_tokens=2)
+
+
 @pytest.mark.parametrize("sliding", ["mistral", "gemma3"])
 def test_sliding_windows_are_named_before_anything_runs(sliding):
     from transformers import (

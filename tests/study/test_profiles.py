@@ -17,7 +17,7 @@ from PIL import Image
 
 from dyrate.cost import LLAVA_7B, LLAVA_13B
 from study import hardware, planning, runner
-from study.profiles import NOTEBOOKS, ROOT, defaults, read_plan, read_profile
+from study.profiles import NOTEBOOKS, ROOT, defaults, parameters_of, read_plan, read_profile
 from tiny_llava import WORDS, save_tiny_llava
 
 SMALL = {
@@ -184,3 +184,19 @@ def test_the_readmes_table_is_what_the_command_writes():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert hardware.readme(text) == text
     assert hardware.table().filter(like="GiB").max().max() > 20
+
+
+@pytest.mark.parametrize(("chapter", "values", "message"), [
+    ("01_attention", {"n": 0}, "01_attention: n is a whole number of at least 1, not 0"),
+    ("03_comparison", {"n": -2}, "n is a whole number of at least 1, not -2"),
+    ("03_comparison", {"batch_size": 0}, "batch_size is a whole number of at least 1"),
+    ("03_comparison", {"n": "many"}, "n is a whole number of at least 1, not 'many'"),
+    ("03_comparison", {"tasks": []}, "tasks is empty; the notebook's own is"),
+    ("03_comparison", {"tasks": "caption"}, "tasks is a list such as"),
+    ("03_comparison", {"retentions": [0.5, 33]}, "retentions are shares of image tokens"),
+    ("02_predictor", {"checkpointing": "yes"}, "checkpointing is a bool such as False"),
+])  # fmt: skip
+def test_values_that_no_chapter_can_run_with_are_named(chapter, values, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parameters_of(ROOT / "analysis" / f"{chapter}.ipynb", {chapter: values})
+    assert parameters_of(ROOT / "analysis" / f"{chapter}.ipynb", {chapter: {"seed": 0}}) == {"seed": 0}
