@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 
 import dyrate
 import families
-from dyrate.engine import pruning
+from dyrate.engine import decoder_layers, pruning
 from dyrate.engine.kept import PerRow, Rows
 from laws import (
     DECODINGS,
