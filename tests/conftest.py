@@ -1,11 +1,10 @@
 """Fixtures of all tests: the model families, made once."""
 
-import importlib.util
-
 import pytest
 import torch
 
 import families
+import laws
 
 
 @pytest.fixture(scope="session", params=families.FAMILIES, ids=lambda make: make.__name__)
@@ -17,7 +16,7 @@ def family(request):
 @pytest.fixture
 def shown(monkeypatch):
     """Where the study is installed: scenes (n, seed) whose n patches show something at random, for the strategy that knows."""
-    if importlib.util.find_spec("study"):
+    if laws.STUDY:
 
         def render(scene):
             n, seed = scene

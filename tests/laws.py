@@ -11,7 +11,8 @@ import dyrate
 from dyrate.strategies.dyrate import DyRate
 from families import IMAGE, TEXT
 
-if importlib.util.find_spec("study"):
+STUDY = getattr(importlib.util.find_spec("study"), "origin", None)  # without an origin it is the folder tests/study
+if STUDY:
     import study.controls  # noqa: F401  (registers the study's strategies, where it is installed)
 
 SUPPRESSED = [IMAGE, 61, 58, 59]  # an image token in an answer would be taken for one in the prompt
