@@ -107,7 +107,7 @@ class Seen:
         """The instruction tokens as they enter the decoder. Prefill only; ask with `needs = {"embeddings"}`."""
         return self.read_embedded(self._instruction[0])
 
-    @property
+    @cached_property
     def hidden(self) -> Float[Tensor, "batch image_token width"]:
         """Hidden states of the image tokens as they enter `layer`. Prefill only."""
         return self.read_hidden(self.slots(self.positions))
@@ -183,3 +183,10 @@ def choose(
         wanted = torch.tensor(counts, device=score.device)[:, None]
         best = torch.zeros_like(candidates).scatter_(1, order, torch.arange(score.shape[1], device=score.device) < wanted)
     return best & candidates
+
+
+def score_of(order: Int[Tensor, " m"], n: int) -> Float[Tensor, " n"]:
+    """Scores of `n` tokens by which those of `order` come first, in this order."""
+    score = torch.zeros(n, device=order.device)
+    score[order] = torch.arange(len(order), 0, -1, device=order.device, dtype=score.dtype)
+    return score

@@ -40,9 +40,10 @@ class Strategy:
     each_step: ClassVar[bool] = True  # decide again at every new token, not only in the prefill
     needs: ClassVar[frozenset[str]] = frozenset()  # what is costly to have: of "vision", "no_rope", "own_attention", "embeddings"
 
-    def __init_subclass__(cls, **kwargs) -> None:
+    def __init_subclass__(cls, *, registered: bool = True, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
-        STRATEGIES[cls.__name__] = cls
+        if registered:  # all but what is only there to be inherited from
+            STRATEGIES[cls.__name__] = cls
 
     def __call__(
         self, model, processor=None, *, examples: Sequence[Example] | None = None, static: int = 0

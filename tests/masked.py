@@ -51,7 +51,7 @@ def masked(model, inputs, answers, strategy, image_token_id, examples=None) -> M
     positions = image.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(image.sum(1).max())]
     valid = image.gather(1, positions)
     layers = decoder_layers(model)
-    stages = [s for s in strategy.stages(len(layers)) if s < len(layers)]
+    stages = list(strategy.stages(len(layers)))
     found, weights, projections, state = Masked(), {}, {}, {}
     cache = DynamicCache()  # filled by one pass over all tokens: to read keys from
 

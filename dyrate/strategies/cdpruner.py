@@ -5,29 +5,18 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from dyrate.seen import kept_count
-from dyrate.strategy import Strategy
+from dyrate.seen import kept_count, score_of
+from dyrate.strategies.before_decoder import BeforeDecoder
 
 
 @dataclass(kw_only=True)
-class CDPruner(Strategy):
+class CDPruner(BeforeDecoder):
     """CDPruner (arXiv:2506.10967): greedy most likely set of a determinantal point process, relevance times similarity.
 
     rate: share dropped, in [0, 1]. Similarity is the cosine of projected image tokens. Relevance is the mean cosine of an image
     token and the instruction's embeddings, scaled to (0, 1]: a departure, for its code asks CLIP's text tower, which these
     models do not carry.
     """
-
-    rate: float = 0.5
-    first_pruned_layer: int = 0
-    positions: str = "compact"
-    each_step = False
-
-    def stages(self, n_layers):
-        return (0,)
-
-    def keep(self, seen):
-        return 1 - self.rate
 
     def score(self, seen):
         score = torch.zeros(seen.image.shape, device=seen.image.device)
@@ -38,17 +27,13 @@ class CDPruner(Strategy):
             relevance = (tokens @ text[i, seen.instruction_real[i]].T).mean(1)
             relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min() + 1e-6)
             order = likeliest(relevance[:, None] * (tokens @ tokens.T) * relevance, kept_count(len(index), 1 - self.rate))
-            score[i, index[order]] = torch.arange(len(order), 0, -1, device=score.device, dtype=score.dtype)
+            score[i, index] = score_of(order, len(index))
         return score
 
     def selector_macs(self, shape, tokens):
         """Similarities, relevance, and in each greedy step the rows so far."""
         n, kept = tokens.image
         return n * (n + tokens.instruction) * shape.width + n * kept * (kept - 1) // 2
-
-    @classmethod
-    def at(cls, retention, n_layers, **fields):
-        return cls(rate=1 - retention, **fields)
 
 
 def likeliest(kernel, count: int):

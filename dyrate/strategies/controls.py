@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dyrate.strategies.before_decoder import BeforeDecoder
 from dyrate.strategies.fastv import FastV
 from dyrate.strategy import Strategy, rate_field
 
@@ -135,19 +136,11 @@ class NoRoPE(FastV):
 
 
 @dataclass(kw_only=True)
-class UniformPool(Strategy):
+class UniformPool(BeforeDecoder):
     """Down-sample before the decoder: evenly spread tokens stay, each the mean of what is nearest to it in the image."""
 
-    rate: float = 0.5
-    first_pruned_layer: int = 0
-    each_step = False
+    positions: str = "kept"
     control = True
-
-    def stages(self, n_layers):
-        return (0,)
-
-    def keep(self, seen):
-        return 1 - self.rate
 
     def score(self, seen):
         return -evenly(seen.image.shape[1]).to(seen.image.device).expand(len(seen.image), -1)
@@ -162,10 +155,6 @@ class UniformPool(Strategy):
             total = hidden.new_zeros(len(centres), hidden.shape[-1]).index_add(0, nearest, seen.hidden[i, members])
             hidden[i, centres] = total / nearest.bincount(minlength=len(centres)).to(total)[:, None]
         return hidden
-
-    @classmethod
-    def at(cls, retention, n_layers, **fields):
-        return cls(rate=1 - retention, **fields)
 
 
 def grid(n: int):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from dyrate.seen import kept_count
+from dyrate.seen import kept_count, score_of
 from dyrate.strategies.fastv import FastV
 
 
@@ -19,6 +19,7 @@ class DART(FastV):
     """
 
     pivots: int = 4
+
     def score(self, seen):
         keys = seen.observed[seen.layer - 1].key.transpose(1, 2).flatten(2).float().norm(p=1, dim=-1)
         size = {"image": keys.gather(1, seen.slots(seen.positions)), "text": keys.gather(1, seen.instruction_slots)}
@@ -38,7 +39,7 @@ class DART(FastV):
                 found = like.topk(min(each, int(left.sum())), largest=False).indices
                 left[found] = False
                 order += found.tolist()
-            score[i, order] = torch.arange(len(order), 0, -1, device=score.device, dtype=score.dtype)
+            score[i] = score_of(torch.tensor(order, dtype=torch.long, device=score.device), len(left))
         return score
 
     def selector_macs(self, shape, tokens):

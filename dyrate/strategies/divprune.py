@@ -5,43 +5,28 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from dyrate.seen import kept_count
-from dyrate.strategy import Strategy
+from dyrate.seen import kept_count, score_of
+from dyrate.strategies.before_decoder import BeforeDecoder
 
 
 @dataclass(kw_only=True)
-class DivPrune(Strategy):
+class DivPrune(BeforeDecoder):
     """DivPrune (arXiv:2503.02175): greedy maximum of the least cosine distance between the kept, projected image tokens.
 
     rate: share dropped, in [0, 1]. The first is the token whose nearest neighbour is farthest, each next one that whose least
     distance to those taken is largest. Uses no attention and no instruction. Rounds up, its code to the nearest.
     """
 
-    rate: float = 0.5
-    first_pruned_layer: int = 0
-    positions: str = "compact"
-    each_step = False
-
-    def stages(self, n_layers):
-        return (0,)
-
-    def keep(self, seen):
-        return 1 - self.rate
-
     def score(self, seen):
         score = torch.zeros(seen.image.shape, device=seen.image.device)
         for i, image in enumerate(seen.image):
             index = image.nonzero()[:, 0]
             order = farthest(seen.hidden[i, index], kept_count(len(index), 1 - self.rate))
-            score[i, index[order]] = torch.arange(len(order), 0, -1, device=score.device, dtype=score.dtype)
+            score[i, index] = score_of(order, len(index))
         return score
 
     def selector_macs(self, shape, tokens):
         return tokens.image[0] ** 2 * shape.width
-
-    @classmethod
-    def at(cls, retention, n_layers, **fields):
-        return cls(rate=1 - retention, **fields)
 
 
 def farthest(tokens, count: int):

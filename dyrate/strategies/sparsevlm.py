@@ -85,13 +85,16 @@ class SparseVLM(Strategy):
 
     def _rated(self, seen):
         """Mean attention of the raters to each image token, (batch, image_token)."""
+        if "rated" in seen.notes:
+            return seen.notes["rated"]
         rows, real = seen.instruction_attention
         image, text = seen.embedded, seen.instruction_embedded
         similar = (image @ text.transpose(1, 2)).float().masked_fill(~real[:, None], -torch.inf).softmax(2)
         similar = (similar * seen.image[..., None]).sum(1) / seen.image.sum(1, keepdim=True)
         raters = real & (similar > (similar * real).sum(1, keepdim=True) / real.sum(1, keepdim=True))
         raters |= real & ~raters.any(1, keepdim=True)  # one token alone is not above the mean
-        return (rows * raters[..., None]).sum(1) / raters.sum(1, keepdim=True)
+        seen.notes["rated"] = (rows * raters[..., None]).sum(1) / raters.sum(1, keepdim=True)
+        return seen.notes["rated"]
 
     def _parts(self, seen, rated, i):
         """Of row i: the tokens rated best, ascending, and the clusters {centre: members} of the recycled ones."""

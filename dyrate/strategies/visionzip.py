@@ -6,11 +6,11 @@ import torch
 from torch.nn import functional as F
 
 from dyrate.seen import choose, kept_count
-from dyrate.strategy import Strategy
+from dyrate.strategies.before_decoder import BeforeDecoder
 
 
 @dataclass(kw_only=True)
-class VisionZip(Strategy):
+class VisionZip(BeforeDecoder):
     """VisionZip (arXiv:2412.04467): [CLS] itself, the dominant tokens by its attention, and contextual ones for the rest.
 
     rate: share dropped, in [0, 1]. contextual: their share of what is kept (the paper's 10 of 64). Contextual tokens are every
@@ -18,18 +18,8 @@ class VisionZip(Strategy):
     most like its own.
     """
 
-    rate: float = 0.5
     contextual: float = 10 / 64
-    first_pruned_layer: int = 0
-    positions: str = "compact"
-    each_step = False
     needs = frozenset({"vision"})
-
-    def stages(self, n_layers):
-        return (0,)
-
-    def keep(self, seen):
-        return 1 - self.rate
 
     def score(self, seen):
         """Dominant tokens, contextual ones, the one whose place [CLS] takes, the rest. Attention is at most 1: no mixing."""
@@ -77,7 +67,3 @@ class VisionZip(Strategy):
         targets = round(kept * self.contextual)
         project = n * (shape.tower_width * shape.width + shape.width**2)
         return (n + (n - kept + 1) * targets) * shape.tower_width + project
-
-    @classmethod
-    def at(cls, retention, n_layers, **fields):
-        return cls(rate=1 - retention, **fields)

@@ -6,29 +6,19 @@ import torch
 from torch.nn import functional as F
 
 from dyrate.seen import kept_count
-from dyrate.strategy import Strategy
+from dyrate.strategies.before_decoder import BeforeDecoder
 
 
 @dataclass(kw_only=True)
-class VisPruner(Strategy):
+class VisPruner(BeforeDecoder):
     """VisPruner (arXiv:2412.01818; with important=1 FasterVLM): tokens that [CLS] attends to, and distinct ones of the rest.
 
     rate: share dropped, in [0, 1]. important: share of the kept ones chosen by [CLS] attention. The rest, ordered by it, loses
     eight at a time: of every second token those that most resemble one of the others (features before the projector).
     """
 
-    rate: float = 0.5
     important: float = 0.5
-    first_pruned_layer: int = 0
-    positions: str = "compact"
-    each_step = False
     needs = frozenset({"vision"})
-
-    def stages(self, n_layers):
-        return (0,)
-
-    def keep(self, seen):
-        return 1 - self.rate
 
     def score(self, seen):
         score = seen.vision.cls_attention.clone()
@@ -47,10 +37,6 @@ class VisPruner(Strategy):
         wanted = kept - int(kept * self.important)
         left = range(n - int(kept * self.important), wanted, -8) if wanted else ()
         return (n + sum((x // 2) * (x - x // 2) for x in left)) * shape.tower_width
-
-    @classmethod
-    def at(cls, retention, n_layers, **fields):
-        return cls(rate=1 - retention, **fields)
 
 
 def distinct(features, left, count: int):

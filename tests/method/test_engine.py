@@ -135,7 +135,7 @@ def test_evicted_tokens_never_return_and_memory_falls(family, name):
                 assert not (b.kept & ~a.kept).any()
     held, all_held = trace.steps[-1].kv_bytes, full.steps[-1].kv_bytes
     n_layers = len(held)
-    first = min([s for s in strategy.stages(n_layers) if s < n_layers], default=n_layers)
+    first = min(strategy.stages(n_layers), default=n_layers)
     assert held[:first] == all_held[:first]
     if strategy.residency == "evict" and name != "LinearAnneal":  # it frees memory later, on long images
         assert all(a < b for a, b in zip(held[first:], all_held[first:], strict=True))
