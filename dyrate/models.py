@@ -11,10 +11,15 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from dyrate.distributed import this_process
 
-POCKET = Path(__file__).resolve().parent.parent / "data" / "pocket"
+CHECKOUT = Path(__file__).resolve().parent.parent
+POCKET = CHECKOUT / "data" / "pocket"
 # Names of checkpoints that come with the repository: the folder, and what to do where it is missing
+_INSTALL = "install dyrate from its repository with `pip install -e .`, or train it with `make "
 BUILT_IN = {
-    "pocket": (POCKET, "install dyrate from its repository with `pip install -e .`, or train it with `make pocket`"),
+    "pocket": (POCKET, f"{_INSTALL}pocket`"),
+    "pocket-plain": (CHECKOUT / "data/pocket-plain", f"{_INSTALL}twins`"),
+    "pocket-dropped": (CHECKOUT / "data/pocket-dropped", f"{_INSTALL}twins`"),
+    "smol": (CHECKOUT / "build/smol", "put it together with `make smol`, in seconds"),
 }
 FAMILIES = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl", "idefics3", "smolvlm")
 # A hub checkpoint may change under its name; the study names the state that it was written for.
@@ -27,8 +32,8 @@ REVISIONS = {
 def load(name: str | Path = "pocket", *, revision: str | None = None, dtype=None, device_map=None, device=None):
     """Load a vision-language model for inference: returns (model, processor).
 
-    name: one of BUILT_IN ("pocket", a small LLaVA), a folder in Hugging Face format, or a hub name, with "@revision" if you
-    like. revision: of a hub name; by default that of REVISIONS, else the newest, with a warning that says which it was. dtype:
+    name: one of BUILT_IN ("pocket", a small LLaVA, and others), a folder in Hugging Face format, or a hub name, with "@revision"
+    if you like. revision: of a hub name; by default that of REVISIONS, else the newest, with a warning that says which it was. dtype:
     default bfloat16 on a GPU, float32 on a CPU. device: default this process's GPU, else the CPU; device_map ("auto": over all
     GPUs) is passed on to transformers instead. Nothing downloaded is executed.
 

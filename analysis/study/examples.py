@@ -1,6 +1,7 @@
 """The study's images: scenes of the pocket laboratory, or photographs with captions from a folder or the hub.
 
-`examples("pocket", ...)` renders scenes; `examples("nocaps", ...)` reads a caption set of the hub (also flickr30k, coco2017);
+`examples("pocket", ...)` renders scenes, `examples("laboratories", ...)` such with long words among them;
+`examples("nocaps", ...)` reads a caption set of the hub (also flickr30k, coco2017);
 `examples("path/to/folder", ...)` reads photographs with a caption file beside them. A broken image does not stop a run: it is
 left out and listed.
 """
@@ -24,6 +25,9 @@ from study.pocket import language
 from study.pocket.scenes import SPLITS, Scene, compose, render, seeds
 
 CAPTION_PROMPT = language.CAPTION_PROMPTS[0]  # of lmms-eval, which the paper used
+SCENES = ("pocket", "laboratories")
+TASKS = ("caption", *language.PROMPTS, *(f"qa_{kind}" for kind in language.QUESTION_KINDS))
+HARD_TASKS = ("backwards", *(f"qa_{kind}" for kind in language.HARD_KINDS))
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -46,10 +50,11 @@ def examples(
     source: str | Path = "pocket", n: int | None = None, *, tasks: Sequence[str] = ("caption",), split: str | None = None,
     seed: int = 0, start: int = 0,
 ) -> Examples:  # fmt: skip
-    """`n` images per task from "pocket", from a caption set of the hub (nocaps, flickr30k, coco2017), or from a folder.
+    """`n` images per task from scenes, from a caption set of the hub (nocaps, flickr30k, coco2017), or from a folder.
 
-    tasks: for pocket any of caption, description, recap, look_late and qa_count, qa_colour, qa_place, qa_relation,
-    qa_existence, qa_reading, each on scenes of its own; photographs have captions only. split: "train", "validation" or
+    source: of scenes "pocket", or "laboratories" for the models that were trained on long painted words and the harder tasks
+    (pocket-plain, pocket-dropped, smol). tasks: of scenes any of TASKS, those of HARD_TASKS only for "laboratories", each on
+    scenes of its own; photographs have captions only. split: "train", "validation" or
     "test", which share no image: those of the caption file if it names them, else by the image's name. By default pocket's
     test scenes, the caption file's test images, or all photographs. start: which pocket scenes. seed: which photographs, if
     there are more than `n`.
@@ -60,8 +65,8 @@ def examples(
         raise ValueError(f"n is how many images, at least 1, not {n}")
     if not tasks:
         raise ValueError("tasks is empty: name what to ask")
-    if str(source) == "pocket":
-        return _pocket(100 if n is None else n, tasks, split or "test", start)
+    if str(source) in SCENES:
+        return _of_laboratory(str(source), 100 if n is None else n, tasks, split or "test", start)
     if tuple(tasks) != ("caption",):
         raise ValueError(f"{source}: photographs with captions offer the task 'caption' only, not {list(tasks)}")
     if str(source) in SETS:
@@ -69,19 +74,19 @@ def examples(
     return _of_folder(Path(source), n, seed, split)
 
 
-def _pocket(n: int, tasks: Sequence[str], split: str, start: int) -> Examples:
-    known = {"caption", *language.PROMPTS, *(f"qa_{kind}" for kind in language.QUESTION_KINDS)}
+def _of_laboratory(source: str, n: int, tasks: Sequence[str], split: str, start: int) -> Examples:
+    known = set(TASKS) - (set(HARD_TASKS) if source == "pocket" else set())
     if unknown := set(tasks) - known:
-        raise ValueError(f"unknown pocket task {sorted(unknown)}; choose from {sorted(known)}")
-    drawn = seeds(split, 4 * n, start)  # more than n, for a scene without a word has nothing to read
-    items = [example for task in tasks for example in islice(_of_scenes(drawn, task), n)]
-    return Examples(items, "pocket", split=split)
+        raise ValueError(f"unknown {source} task {sorted(unknown)}; choose from {sorted(known)}")
+    drawn = seeds(split, 6 * n, start)  # more than n, for a scene without a word has nothing to read
+    items = [example for task in tasks for example in islice(_of_scenes(drawn, task, source != "pocket"), n)]
+    return Examples(items, source, split=split)
 
 
-def _of_scenes(drawn: Iterable[int], task: str) -> Iterator[SceneExample]:
+def _of_scenes(drawn: Iterable[int], task: str, long_words: bool) -> Iterator[SceneExample]:
     """Of the scenes with these seeds those in which there is something to ask."""
     for seed in drawn:
-        scene = compose(seed)
+        scene = compose(seed, long_words)
         turn, references = _turn(scene, task)
         if turn is not None:
             yield SceneExample(f"{task}-{seed}", task, turn.prompt, references, scene=scene)

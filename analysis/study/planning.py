@@ -17,6 +17,7 @@ from dyrate.strategies import STRATEGIES
 from dyrate.training import Settings
 from study.bench.machine import Machine
 from study.chapters.comparison import lineup
+from study.examples import SCENES
 from study.memory import parameters, to_answer, to_train
 
 TEXT = 56  # text tokens of a prompt, as in the efficiency chapter
@@ -65,7 +66,7 @@ def work(chapter: str, values: dict, layers: int, predictors: Sequence[str]) -> 
             checkpointing=v["checkpointing"],
         )  # fmt: skip
     if chapter.startswith("03"):
-        compared = lineup(v["retentions"], layers, v["strategies"], scenes=v["source"] == "pocket")
+        compared = lineup(v["retentions"], layers, v["strategies"], scenes=v["source"] in SCENES)
         return Work(answers=per_set * (len(compared) + len(fnmatch.filter(predictors, v["pattern"]))), **common)
     if chapter.startswith("04"):
         lines = {_answers(line): line for line in v["ablations"]}.values()
@@ -83,7 +84,7 @@ def work(chapter: str, values: dict, layers: int, predictors: Sequence[str]) -> 
     if chapter.startswith("07"):
         seeds = [len(fnmatch.filter(predictors, f"{start}*")) for start in (v["prefix"], *v["others"].values())]
         watched = sum(seeds) * v["n_validation"] * len(v["tasks"])
-        controls = CONTROLS if v["source"] == "pocket" else CONTROLS - 1
+        controls = CONTROLS if v["source"] in SCENES else CONTROLS - 1
         return Work(answers=watched + (sum(seeds) + controls + FEW * len(v["others"])) * per_set, **common)
     return Work()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from dyrate.models import origin
+from study.examples import SCENES
 from study.hub_sets import SETS
 from study.profiles import ROOT, defaults, predictors_of
 
@@ -37,7 +38,7 @@ def inputs(notebook: Path, values: dict) -> dict[str, list[Path]]:
     found["reported tables"] = files(ROOT / "data" / "reported")
     if "model" in v and isinstance(folder := origin(v["model"])["pretrained_model_name_or_path"], Path):
         found["model"] = [path for path in files(folder) if path.parent == folder]
-    if v.get("source", "pocket") not in ("pocket", *SETS):
+    if v.get("source", "pocket") not in (*SCENES, *SETS):
         found["source"] = files(ROOT / v["source"])
     found["predictors"] = [path for folder in predictors_of(notebook, values) for path in files(folder)]
     if v.get("lmms_results"):

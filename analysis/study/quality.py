@@ -17,7 +17,7 @@ from dyrate.generation import answer_examples
 from study.caption_metrics import cider
 from study.examples import SceneExample, examples
 from study.intervals import bootstrap
-from study.pocket.language import QUESTION_KINDS
+from study.pocket.language import EASY_KINDS
 from study.scores import slot_scores
 
 BARS = {
@@ -42,7 +42,7 @@ def measure(model, processor, n: int, *, split: str = "test", batch_size: int = 
     shares = bootstrap(sums, lambda x, axis: x.sum(axis)[:4] / x.sum(axis)[4])
     for i, slot in enumerate(SLOTS):
         measured[f"slot_{slot}"] = {k: float(shares[k][i]) for k in ("value", "low", "high")} | {"n": shares["n"]}
-    for kind in QUESTION_KINDS:
+    for kind in EASY_KINDS:
         measured[f"qa_{kind}"] = bootstrap([text == e.references[0] for e, text in answered(f"qa_{kind}")])
     return measured
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +10,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from study.pocket import language
-from study.pocket.scenes import COLOURS, GRID, PLACES, THINGS, WORDS, Group, Scene, compose, render, seeds
+from study.pocket.scenes import COLOURS, GRID, HALVES, LONG_WORDS, PLACES, THINGS, WORDS, Group, Scene, compose, render, seeds
 from study.pocket.vlm import SYSTEM
 
 IGNORE = -100
 N_PATCHES = GRID * GRID
+PAINTED = (*WORDS, *HALVES[0], *HALVES[1])  # what one patch can show of a word
 SLOTS = {
     "object": set(" ".join([*THINGS, *language.PLURAL.values()]).split()) - {"of"},
     "colour": set(COLOURS) | {c.capitalize() for c in COLOURS},
@@ -24,6 +24,10 @@ SLOTS = {
     "relation": {"above", "below"},
     "existence": {"yes", "no"},
     "reading": set(WORDS),
+    "two_step": set(),
+    "more": set(),
+    "total": {"four", "five", "six"},
+    "long_word": set(LONG_WORDS),
 }
 
 
@@ -31,13 +35,13 @@ SLOTS = {
 class Config:
     """One training. Steps, batch sizes and peak learning rates of the two stages; `study.pocket.train` says their purpose."""
 
-    tower_steps: int = 1700
+    tower_steps: int = 2200
     tower_batch: int = 64
     tower_learning_rate: float = 2e-3
-    language_steps: int = 2700
+    language_steps: int = 4000
     language_batch: int = 24
     language_learning_rate: float = 1.5e-3
-    questions: int = 12  # turns of questions for each picture
+    questions: int = 16  # turns of questions for each picture
     drop_share: float = 0.6  # of the steps in the last quarter drop image tokens
     drop_layer: int = 2  # first layer that misses them
     seed: int = 0
@@ -51,7 +55,7 @@ class Batches(Dataset):
         self.tokenizer = processor.tokenizer
         self.vocabulary = {i: w for w, i in self.tokenizer.get_vocab().items()}
         slot_of = {word: i + 1 for i, words in enumerate(SLOTS.values()) for word in words}
-        names = {word: thing for thing in THINGS for word in _last_words(thing)}
+        names = {word: thing for thing in THINGS for word in last_words(thing)}
         self.thing = {self.tokenizer.convert_tokens_to_ids(word): thing for word, thing in names.items()}
         self.slot = np.array([slot_of.get(self.vocabulary[i], 0) for i in range(len(self.vocabulary))])
         self.prefix = self._ids(f"{SYSTEM} USER: <image>", first=True)
@@ -65,18 +69,18 @@ class Batches(Dataset):
         step, config = index + self.start, self.config
         size = getattr(config, f"{self.stage}_batch")
         skipped = 0 if self.stage == "tower" else config.tower_steps * config.tower_batch
-        scenes = [compose(seed) for seed in seeds("train", size, skipped + step * size)]
+        scenes = [compose(seed, long_words=True) for seed in seeds("train", size, skipped + step * size)]
         pictures = [render(scene) for scene in scenes]
         batch = {"pixels": torch.from_numpy(np.stack([np.asarray(p.image) for p in pictures]))}
         labels = [_patch_labels(*both) for both in zip(scenes, pictures, strict=True)]
         batch |= {f"patch_{k}": torch.from_numpy(np.stack([x[k] for x in labels])) for k in labels[0]}
-        batch["caption"] = _padded([self._ids(language.captions(s, 1)[0]) for s in scenes], 0)
+        batch["caption"] = padded([self._ids(language.captions(s, 1)[0]) for s in scenes], 0)
         if self.stage == "language":
             words = [self._patch_words(*both) for both in zip(scenes, pictures, strict=True)]
             batch["patch_words"] = torch.from_numpy(np.stack(words))
             rows = [self._packed(scene) for scene in scenes]
             fill = {"ids": 0, "turn": -1, "positions": 0, "labels": IGNORE, "weight": 0.0, "slot": 0, "noun": [IGNORE] * 4}
-            batch |= {k: _padded([row[k] for row in rows], fill[k]) for k in fill}
+            batch |= {k: padded([row[k] for row in rows], fill[k]) for k in fill}
         return batch
 
     def _ids(self, text: str, first: bool = False) -> list[int]:
@@ -87,7 +91,7 @@ class Batches(Dataset):
         """Token ids (144, 6) for each patch's group: both forms of its name, and its properties."""
         ids = np.full((GRID, GRID, 6), IGNORE)
         for group, cover in zip(scene.groups, picture.cover, strict=True):
-            ids[cover, :2] = self.tokenizer.convert_tokens_to_ids(_last_words(group.thing))
+            ids[cover, :2] = self.tokenizer.convert_tokens_to_ids(last_words(group.thing))
             ids[cover, 2:] = self._properties(group)
         return ids.reshape(N_PATCHES, 6)
 
@@ -102,25 +106,13 @@ class Batches(Dataset):
         properties |= {group.thing: self._properties(group) for group in scene.groups}
         return [properties[self.thing[i]] if i in self.thing else [IGNORE] * 4 for i in prompt]
 
-    def _turns(self, scene: Scene) -> list[language.Turn]:
-        rng = random.Random(f"turns {scene.seed}")
-        turns = [language.Turn("caption", rng.choice(language.CAPTION_PROMPTS), language.captions(scene, 1)[0])]
-        turns.append(language.long_turn(scene, rng.choices(list(language.PROMPTS), (2, 1, 1))[0]))
-        kinds = list(language.QUESTION_KINDS)
-        while len(turns) < 2 + self.config.questions:
-            kind = kinds[len(turns) % len(kinds)]
-            if kind == "reading" and (scene.word is None or any(t.task == "qa_reading" for t in turns)):
-                kind = rng.choice(("count", "relation", "existence"))
-            turns.append(language.question(scene, kind, variant=len(turns)))
-        return turns
-
     def _packed(self, scene: Scene) -> dict:
         n = len(self.prefix)
         row = {
             "ids": list(self.prefix), "turn": [0] * n, "positions": list(range(n)), "labels": [IGNORE] * n,
             "weight": [0.0] * n, "slot": [0] * n, "noun": [[IGNORE] * 4] * n,
         }  # fmt: skip
-        for number, turn in enumerate(self._turns(scene), 1):
+        for number, turn in enumerate(language.turns(scene, self.config.questions), 1):
             prompt = self._ids(f"{turn.prompt} ASSISTANT:")
             response = [*self._ids(turn.response), self.tokenizer.eos_token_id]
             length = len(prompt) + len(response)
@@ -141,7 +133,7 @@ class Batches(Dataset):
         return row
 
 
-def _last_words(thing: str) -> list[str]:
+def last_words(thing: str) -> list[str]:
     """The last word of a thing's name, for one and for many: what its name is known by."""
     return [thing.split()[-1], language.PLURAL[thing].split()[-1]]
 
@@ -151,7 +143,7 @@ def _patch_labels(scene: Scene, picture) -> dict[str, np.ndarray]:
     shape = (GRID, GRID)
     labels = {
         "object": np.full(shape, len(THINGS)), "colour": np.full(shape, IGNORE), "count": np.full(shape, IGNORE),
-        "place": np.full(shape, IGNORE), "word": np.full(shape, len(WORDS)),
+        "place": np.full(shape, IGNORE), "word": np.full(shape, len(PAINTED)),
     }  # fmt: skip
     things, colours = list(THINGS), list(COLOURS)
     for group, cover in zip(scene.groups, picture.cover, strict=True):
@@ -159,11 +151,19 @@ def _patch_labels(scene: Scene, picture) -> dict[str, np.ndarray]:
         labels["colour"][cover] = colours.index(group.colour)
         labels["count"][cover] = group.count - 1
         labels["place"][cover] = group.place
-    if scene.word:
-        labels["word"][picture.word_cover] = WORDS.index(scene.word)
+    if scene.word in WORDS:
+        labels["word"][picture.word_cover] = PAINTED.index(scene.word)
+    elif scene.word:
+        first, second = next((a, b) for a in HALVES[0] for b in HALVES[1] if a + b == scene.word)
+        columns = picture.word_cover.any(0).nonzero()[0]
+        middle = columns[0] + len(columns) * len(first) / len(scene.word)
+        left = np.arange(GRID) + 0.5 < middle
+        labels["word"][picture.word_cover & left] = PAINTED.index(first)
+        labels["word"][picture.word_cover & ~left] = len(WORDS) + len(HALVES[0]) + HALVES[1].index(second)
     return {name: label.flatten() for name, label in labels.items()}
 
 
-def _padded(rows: list[list], fill) -> Tensor:
+def padded(rows: list[list], fill) -> Tensor:
+    """Rows of unequal length as one tensor, filled on the right."""
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])

@@ -10,11 +10,11 @@ import random
 import re
 from dataclasses import dataclass
 
-from study.pocket.scenes import COLOURS, PLACES, THINGS, WORDS, Group, Scene, compose, seeds
+from study.pocket.scenes import COLOURS, LONG_WORDS, PLACES, THINGS, WORDS, Group, Scene, compose, seeds
 
 NUMERALS = ("a", "two", "three")
 PLURAL = {thing: plural for thing, (_, plural) in THINGS.items()}
-COUNTS = ("one", "two", "three")
+COUNTS = ("one", "two", "three", "four", "five", "six")
 
 CAPTION_PROMPTS = (
     "Provide a one-sentence caption for the provided image.",  # the paper's (lmms-eval's)
@@ -25,13 +25,16 @@ PROMPTS = {
     "description": ("Describe the image in detail.", "Tell me everything you see.", "What is in this picture, and where?"),
     "recap": ("Describe the image, then sum it up.", "Tell me what you see and repeat it at the end."),
     "look_late": ("Describe the image, sum it up, then tell what is left.", "Keep one thing for the end."),
+    "backwards": ("Describe the image from the bottom right to the top left.", "List what you see, from the end."),
 }  # fmt: skip
-QUESTION_KINDS = ("count", "colour", "place", "relation", "existence", "reading")
+EASY_KINDS = ("count", "colour", "place", "relation", "existence", "reading")
+HARD_KINDS = ("two_step", "more", "total", "long_word")  # a quarter of the image tokens does not answer them as well as all
+QUESTION_KINDS = (*EASY_KINDS, *HARD_KINDS)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One instruction and the response to it. task: caption, description, recap, look_late or qa_<kind>."""
+    """One instruction and the response to it. task: caption, one of PROMPTS, or qa_<kind>."""
 
     task: str
     prompt: str
@@ -104,16 +107,26 @@ def look_late(scene: Scene, variant: int = 0) -> str:
     return " ".join([*_sentences(groups, rng), _summary(groups, rng), ending])
 
 
+def backwards(scene: Scene, variant: int = 0) -> str:
+    """Every group in a fixed order, from the bottom right to the top left: no order of the speaker's own to fall back on."""
+    rng = random.Random(f"backwards {scene.seed} {variant}")
+    return " ".join(_sentences(sorted(scene.groups, key=lambda g: -g.place), rng))
+
+
 def long_turn(scene: Scene, task: str, variant: int = 0, prompt: int | None = None) -> Turn:
-    """A description, recap or look_late turn. prompt: which wording of the instruction (default: drawn)."""
-    write = {"description": description, "recap": recap, "look_late": look_late}[task]
+    """A turn of one of PROMPTS. prompt: which wording of the instruction (default: drawn)."""
+    write = {"description": description, "recap": recap, "look_late": look_late, "backwards": backwards}[task]
     wordings = PROMPTS[task]
     chosen = random.Random(f"prompt {scene.seed} {variant}").randrange(len(wordings)) if prompt is None else prompt
     return Turn(task, wordings[chosen], write(scene, variant))
 
 
 def question(scene: Scene, kind: str, variant: int = 0) -> Turn | None:
-    """A question of one kind with its short answer, or None where the scene has nothing to ask (no word, no contrast)."""
+    """A question of one kind with its short answer, or None where the scene has nothing to ask (no word, no contrast).
+
+    Hard kinds need more of the image: two_step finds one group by another, more compares two counts, total adds two, and
+    long_word reads a word that is painted over two places. reading asks for short words only.
+    """
     rng = random.Random(f"{kind} {scene.seed} {variant}")
     group = rng.choice(scene.groups)
     the = f"the {_name(group)}"
@@ -127,8 +140,15 @@ def question(scene: Scene, kind: str, variant: int = 0) -> Turn | None:
         return _relation(scene, rng)
     elif kind == "existence":
         return _existence(scene, rng)
+    elif kind == "two_step":
+        return _two_step(scene, rng)
+    elif kind == "more":
+        return _more(scene, rng)
+    elif kind == "total":
+        a, b = rng.sample(scene.groups, 2)
+        text, answer = f"How many {PLURAL[a.thing]} and {PLURAL[b.thing]} are there together?", COUNTS[a.count + b.count - 1]
     else:
-        if scene.word is None:
+        if scene.word is None or (scene.word in LONG_WORDS) != (kind == "long_word"):
             return None
         text, answer = rng.choice(("What word is written?", "Which word can you read?")), scene.word
     return Turn(f"qa_{kind}", text, answer)
@@ -145,6 +165,53 @@ def _relation(scene: Scene, rng: random.Random) -> Turn | None:
                 pairs.append((a, b, "above or below", "above" if down < 0 else "below"))
     a, b, choice, answer = rng.choice(pairs)
     return Turn("qa_relation", f"{_Be(a)} the {_name(a)} {choice} the {_name(b)}?", answer)
+
+
+def turns(scene: Scene, questions: int) -> list[Turn]:
+    """What a scene is trained on: a caption, a long turn, and so many questions of all kinds in turn."""
+    rng = random.Random(f"turns {scene.seed}")
+    chosen = [Turn("caption", rng.choice(CAPTION_PROMPTS), captions(scene, 1)[0])]
+    chosen.append(long_turn(scene, rng.choices(list(PROMPTS), (4, 2, 2, 1))[0]))
+    while len(chosen) < 2 + questions:
+        number = len(chosen)
+        turn = question(scene, QUESTION_KINDS[number % len(QUESTION_KINDS)], variant=number)
+        if turn is None or (turn.response == scene.word and any(t.response == scene.word for t in chosen)):
+            turn = question(scene, rng.choice(("count", "relation", "existence")), variant=number)
+        chosen.append(turn)
+    return chosen
+
+
+SIDES = {
+    "to the left of": lambda a, b: a % 3 < b % 3, "to the right of": lambda a, b: a % 3 > b % 3,
+    "above": lambda a, b: a // 3 < b // 3, "below": lambda a, b: a // 3 > b // 3,
+}  # fmt: skip
+
+
+def _two_step(scene: Scene, rng: random.Random) -> Turn | None:
+    """The colour of the only group on one side of another."""
+    asked = []
+    for b in scene.groups:
+        for side, holds in SIDES.items():
+            there = [a for a in scene.groups if holds(a.place, b.place)]
+            if len(there) == 1 and there[0].colour != b.colour:
+                asked.append((there[0], side, b))
+    if not asked:
+        return None
+    a, side, b = rng.choice(asked)
+    thing = "thing" if a.count == 1 else "things"
+    return Turn("qa_two_step", f"What colour {_be(a)} the {thing} {side} the {b.colour} {_name(b)}?", a.colour)
+
+
+def _more(scene: Scene, rng: random.Random) -> Turn | None:
+    """Whether there are more of one thing than of another; yes as often as no."""
+    pairs = [(a, b) for a in scene.groups for b in scene.groups if a.count > b.count]
+    if not pairs:
+        return None
+    a, b = rng.choice(pairs)
+    answer = rng.choice(("yes", "no"))
+    if answer == "no":
+        a, b = b, a
+    return Turn("qa_more", f"Are there more {PLURAL[a.thing]} than {PLURAL[b.thing]}?", answer)
 
 
 def _existence(scene: Scene, rng: random.Random) -> Turn:
@@ -241,10 +308,10 @@ def read_description(text: str) -> list[dict]:
 
 def vocabulary() -> list[str]:
     """Every word and punctuation mark that the laboratory's language can produce, sorted."""
-    words = {"one", "yes", "no", *WORDS, *" ".join(PLACES).split()}
+    words = {*COUNTS, "yes", "no", *WORDS, *LONG_WORDS, *" ".join(PLACES).split()}
     words |= {w for t in COLOURS for w in (t, t.capitalize())}
     for seed in seeds("train", 3000):
-        scene = compose(seed)
+        scene = compose(seed, long_words=True)
         texts = [t.prompt + " " + t.response for t in every_turn(scene)] + list(CAPTION_PROMPTS) + captions(scene)
         words |= set(re.findall(r"[A-Za-z]+|[^\sA-Za-z]", " ".join(texts)))
     return sorted(words)

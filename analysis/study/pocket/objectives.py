@@ -12,17 +12,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from study.pocket.batches import IGNORE, N_PATCHES, SLOTS
-from study.pocket.scenes import COLOURS, PLACES, THINGS, WORDS
+from study.pocket.batches import IGNORE, N_PATCHES, PAINTED, SLOTS
+from study.pocket.scenes import COLOURS, PLACES, THINGS
 from study.pocket.vlm import build_model
 
 
-def _plain_attention(module, query, key, value, attention_mask, scaling, **_):
+def plain_attention(module, query, key, value, attention_mask, scaling, **_):
     """Two matrix products: in bfloat16 on a CPU, at this size, twice as fast as the fused kernel with its backward."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     scores = (query * scaling) @ key.transpose(-1, -2)
     if attention_mask is not None:
         scores += attention_mask
     return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+
+def fast_bfloat16(device: str) -> bool:
+    """Whether the processor multiplies in bfloat16; emulated, as on a CPU that does not, it is ten times slower than float32."""
+    return not device.startswith("cpu") or torch.cpu._is_avx512_bf16_supported()
+
+
+def autocast(device: str) -> torch.autocast:
+    """Matrix products in bfloat16 where that is fast; the rest stays in float32."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast_bfloat16(device))
 
 
 class Lab(nn.Module):
@@ -32,13 +43,13 @@ class Lab(nn.Module):
         super().__init__()
         self.model = build_model(processor.tokenizer)
         if device == "cpu":
-            AttentionInterface.register("pocket_training", _plain_attention)
+            AttentionInterface.register("pocket_training", plain_attention)
             for config in (self.model.config.text_config, self.model.config.vision_config):
                 config._attn_implementation = "pocket_training"
         width = self.model.config.vision_config.hidden_size
         self.probe = nn.ModuleDict({
             "object": nn.Linear(width, len(THINGS) + 1), "colour": nn.Linear(width, len(COLOURS)),
-            "count": nn.Linear(width, 3), "place": nn.Linear(width, len(PLACES)), "word": nn.Linear(width, len(WORDS) + 1),
+            "count": nn.Linear(width, 3), "place": nn.Linear(width, len(PLACES)), "word": nn.Linear(width, len(PAINTED) + 1),
         })  # fmt: skip
         self.text = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 128))
         self.words = nn.Embedding(len(processor.tokenizer), width, padding_idx=processor.tokenizer.pad_token_id)
@@ -47,6 +58,10 @@ class Lab(nn.Module):
         self.align = nn.RMSNorm(self.model.config.text_config.hidden_size)
         self.align_noun = nn.RMSNorm(self.model.config.text_config.hidden_size)
         self.noun_layer = self.model.config.text_config.num_hidden_layers // 2 - 1
+
+    @property
+    def _embeddings(self) -> Tensor:
+        return self.model.model.language_model.embed_tokens.weight
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels (batch, 3, 168, 168) -> patches (batch, 144, width) of the used layer, pooled [CLS] (batch, width)."""
@@ -74,27 +89,6 @@ class Lab(nn.Module):
         contrast = (F.cross_entropy(similarity, same) + F.cross_entropy(similarity.T, same)) / 2
         return sum(losses) + 0.2 * contrast, scores
 
-    @torch.no_grad()
-    def condition_projector(self, patches: Tensor) -> None:
-        """Start the projector from the trained tower's features: whitened, centred, as large as a token's embedding.
-
-        The tower's patches share a constant part many times larger than what distinguishes them. Left in, it makes all
-        image tokens nearly equal for the decoder: position does not pass, and binding is learned late or never.
-        """
-        projector, words = self.model.model.multi_modal_projector, self.model.model.language_model.embed_tokens
-        x = patches.flatten(0, 1).float()
-        values, vectors = torch.linalg.eigh(x.T.cov())
-        whiten = vectors @ torch.diag((values + 0.02 * values.mean()).rsqrt()) @ vectors.T
-        nn.init.orthogonal_(projector.linear_1.weight)
-        projector.linear_1.weight.copy_(projector.linear_1.weight @ whiten)
-        projector.linear_1.bias.copy_(-(projector.linear_1.weight @ x.mean(0)))
-        nn.init.orthogonal_(projector.linear_2.weight)
-        projector.linear_2.bias.zero_()
-        y = projector(x)
-        scale = words.weight.std() / y.std(0).mean()
-        projector.linear_2.weight.mul_(scale)
-        projector.linear_2.bias.copy_(-scale * y.mean(0))
-
     def word_loss(self, patches: Tensor, words: Tensor) -> Tensor:
         """A dense objective in the decoder's vocabulary: projected patches should resemble the tokens that describe their group.
 
@@ -103,16 +97,7 @@ class Lab(nn.Module):
         """
         shown = (words != IGNORE).any(-1)
         features = self.align(self.model.model.multi_modal_projector(patches[shown]).float())
-        return self._resembles(features, words[shown])[0]
-
-    def _resembles(self, features: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of predicting each of `words` (n, any number) from features (n, width), and the share among the likeliest."""
-        wanted = words != IGNORE
-        logits = (features @ self.model.model.language_model.embed_tokens.weight.T).float()
-        chances = logits.log_softmax(-1).gather(1, words.clamp(min=0))
-        least = logits.topk(words.shape[1]).values[:, -1:]
-        hits = logits.gather(1, words.clamp(min=0)) >= least
-        return -chances[wanted].mean(), hits[wanted].float().mean()
+        return resembles(features, words[shown], self._embeddings)[0]
 
     def language_loss(self, patches: Tensor, batch: dict, n_kept: int, drop_layer: int) -> tuple[Tensor, dict]:
         """Next-token loss over all packed turns. n_kept: image tokens that layers >= drop_layer see.
@@ -145,7 +130,7 @@ class Lab(nn.Module):
             hidden = layer(hidden, attention_mask=bias[:, None], position_embeddings=(cos, sin))
             if i == self.noun_layer:
                 noun = (batch["noun"] != IGNORE).any(-1)
-                noun_loss, noun_hits = self._resembles(self.align_noun(hidden[noun].float()), batch["noun"][noun])
+                noun_loss, noun_hits = resembles(self.align_noun(hidden[noun].float()), batch["noun"][noun], self._embeddings)
         wanted = batch["labels"] != IGNORE
         logits = self.model.lm_head(inner.language_model.norm(hidden[wanted])).float()
         labels, weight, slot = batch["labels"][wanted], batch["weight"][wanted], batch["slot"][wanted]
@@ -157,6 +142,37 @@ class Lab(nn.Module):
                 if (here := slot == code).any():
                     scores[prefix + name] = right[here].mean()
         return loss + 0.3 * noun_loss, scores
+
+
+def resembles(features: Tensor, words: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of predicting each of `words` (n, any number) from features (n, width), and the share among the likeliest."""
+    wanted = words != IGNORE
+    logits = (features @ embeddings.T).float()
+    chances = logits.log_softmax(-1).gather(1, words.clamp(min=0))
+    least = logits.topk(words.shape[1]).values[:, -1:]
+    hits = logits.gather(1, words.clamp(min=0)) >= least
+    return -chances[wanted].mean(), hits[wanted].float().mean()
+
+
+@torch.no_grad()
+def condition_projector(projector: nn.Module, patches: Tensor, embeddings: Tensor) -> None:
+    """Start a projector from the trained tower's features: whitened, centred, as large as a token's embedding.
+
+    The tower's patches share a constant part many times larger than what distinguishes them. Left in, it makes all
+    image tokens nearly equal for the decoder: position does not pass, and binding is learned late or never.
+    """
+    x = patches.flatten(0, 1).float()
+    values, vectors = torch.linalg.eigh(x.T.cov())
+    whiten = vectors @ torch.diag((values + 0.02 * values.mean()).rsqrt()) @ vectors.T
+    nn.init.orthogonal_(projector.linear_1.weight)
+    projector.linear_1.weight.copy_(projector.linear_1.weight @ whiten)
+    projector.linear_1.bias.copy_(-(projector.linear_1.weight @ x.mean(0)))
+    nn.init.orthogonal_(projector.linear_2.weight)
+    projector.linear_2.bias.zero_()
+    y = projector(x)
+    scale = embeddings.std() / y.std(0).mean()
+    projector.linear_2.weight.mul_(scale)
+    projector.linear_2.bias.copy_(-scale * y.mean(0))
 
 
 def _kept_columns(n_rows: int, length: int, first: int, n_kept: int, device) -> Tensor:

@@ -47,6 +47,9 @@ WORDS = (
     "OPEN", "STOP", "EXIT", "SALE", "PARK", "CAFE", "TAXI", "FIRE", "LOVE", "HOME", "FREE", "SHOP",
     "BANK", "ROAD", "FISH", "MILK", "TEA", "ICE", "BUS", "ZOO", "GYM", "ART", "SKY", "INK",
 )  # fmt: skip
+# Two halves each, so that neither half tells the word: it takes the patches of both to read one.
+HALVES = ("FIRE", "SUN", "RAIN", "FARM", "BOAT"), ("HOUSE", "LIGHT", "WOOD", "FISH", "BIRD")
+LONG_WORDS = tuple(a + b for a in HALVES[0] for b in HALVES[1])
 
 # Splits are disjoint ranges of seeds; a scene's seed tells its split.
 SPLITS = {"train": 0, "validation": 1_000_000_000, "test": 2_000_000_000}
@@ -65,7 +68,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. word: the painted word and its place, or None."""
+    """What a picture shows. word: the painted word and its place, or None; a long word also fills the place on the right."""
 
     seed: int
     groups: tuple[Group, ...]
@@ -104,8 +107,8 @@ def seeds(split: str, n: int, start: int = 0) -> range:
     return range(first, first + n)
 
 
-def compose(seed: int) -> Scene:
-    """Decide what the scene of this seed shows, without drawing it."""
+def compose(seed: int, long_words: bool = False) -> Scene:
+    """Decide what the scene of this seed shows, without drawing it. long_words: some painted words are long ones."""
     rng = np.random.default_rng(seed)
     n_groups = int(rng.integers(2, 7))
     n_large = int(rng.integers(1, 3))
@@ -118,7 +121,14 @@ def compose(seed: int) -> Scene:
     )
     has_word = rng.random() < 0.5
     word = str(rng.choice(WORDS)) if has_word else None
-    return Scene(seed, groups, str(rng.choice(TEXTURES)), word, int(places[n_groups]) if has_word else None)
+    place = int(places[n_groups]) if has_word else None
+    texture = str(rng.choice(TEXTURES))
+    if long_words and has_word and rng.random() < 0.6:
+        free = {int(p) for p in places[n_groups:]}
+        wide = sorted(p for p in free if p % 3 < 2 and p + 1 in free)
+        if wide:
+            word, place = str(rng.choice(LONG_WORDS)), int(rng.choice(wide))
+    return Scene(seed, groups, texture, word, place)
 
 
 def render(scene: Scene) -> Picture:
@@ -139,7 +149,8 @@ def render(scene: Scene) -> Picture:
     if scene.word:
         text = _word(scene.word)
         row, column = divmod(scene.word_place, 3)
-        x = column * CELL + int(rng.integers(0, CELL - text.width + 1))
+        room = 2 * CELL if scene.word in LONG_WORDS else CELL
+        x = column * CELL + int(rng.integers(0, room - text.width + 1))
         y = row * CELL + int(rng.integers(0, CELL - text.height + 1))
         image.paste((15, 15, 15) if rng.random() < 0.5 else (250, 250, 250), (x, y), text)
         shown = Image.new("L", image.size)
@@ -179,7 +190,7 @@ def _glyph(character: str, side: int) -> Image.Image:
 
 @cache
 def _word(text: str) -> Image.Image:
-    return _text_mask(text, "DejaVuSans-Bold.ttf", 17)
+    return _text_mask(text, "DejaVuSans-Bold.ttf", 15 if text in LONG_WORDS else 17)
 
 
 def _text_mask(text: str, font: str, size: int) -> Image.Image:

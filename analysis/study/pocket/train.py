@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from dyrate.atomic import write_whole
 from study.pocket.batches import N_PATCHES, Batches, Config
-from study.pocket.objectives import Lab
+from study.pocket.objectives import Lab, autocast, condition_projector
 from study.pocket.vlm import build_processor
 
 
@@ -39,8 +39,8 @@ class Run:
 
     save_seconds = 120.0
 
-    def __init__(self, work: Path, config: Config, device: str):
-        self.work, self.config, self.device = work, config, device
+    def __init__(self, work: Path, config: Config, device: str, workers: int = 1):
+        self.work, self.config, self.device, self.workers = work, config, device, workers
         work.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(config.seed)
         self.processor = build_processor()
@@ -100,10 +100,12 @@ class Run:
                     if id(p := parameters[name]) in held:
                         optimizer.state[p][moment] = value if moment == "step" else value.to(p.device)
         if stage == "language" and self.done[stage] == 0:
-            pixels = _normalized(Batches(stage, config, 0, self.processor)[0]["pixels"].to(self.device))
+            pixels = normalized(Batches(stage, config, 0, self.processor)[0]["pixels"].to(self.device))
             with torch.no_grad():
-                self.lab.condition_projector(self.lab.see(pixels)[0])
-        batches = DataLoader(Batches(stage, config, self.done[stage], self.processor), None, num_workers=1, prefetch_factor=3)
+                inner, patches = self.lab.model.model, self.lab.see(pixels)[0]
+                condition_projector(inner.multi_modal_projector, patches, inner.language_model.embed_tokens.weight)
+        drawn = Batches(stage, config, self.done[stage], self.processor)
+        batches = DataLoader(drawn, None, num_workers=self.workers, prefetch_factor=3)
         bar = tqdm(batches, initial=self.done[stage], total=steps, desc=stage, mininterval=5, dynamic_ncols=True)
         self.lab.train()
         mean: dict[str, float] = {}
@@ -112,10 +114,10 @@ class Run:
             step = self.done[stage]
             torch.manual_seed(step)  # which tokens a step drops does not depend on interruptions
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = getattr(config, f"{stage}_learning_rate") * _schedule(step, steps)
+                group["lr"] = getattr(config, f"{stage}_learning_rate") * schedule(step, steps)
             batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
-            pixels = _normalized(batch.pop("pixels"))
-            with torch.autocast(torch.device(self.device).type, torch.bfloat16):
+            pixels = normalized(batch.pop("pixels"))
+            with autocast(self.device):
                 patches, pooled = self.lab.see(pixels)
                 loss, scores = self.lab.tower_loss(patches, pooled, batch)
                 if stage == "language":
@@ -151,23 +153,27 @@ class Run:
         model.set_attn_implementation("sdpa")
         model.save_pretrained(out)
         self.processor.save_pretrained(out)
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         scenes = sum(self.done[s] * getattr(self.config, f"{s}_batch") for s in self.done)
         record = {
-            "command": "python -m study.pocket.train", "config": asdict(self.config), "commit": commit,
-            "scenes_seen": scenes, "steps": self.done, "hours": round(self.seconds / 3600, 2),
-            "device": torch.cuda.get_device_name() if "cuda" in self.device else f"{platform.machine()}, {os.cpu_count()} cores",
-            "torch": torch.__version__, "history": self.history,
+            "command": "python -m study.pocket.train", "config": asdict(self.config),
+            "scenes_seen": scenes, "steps": self.done, **made(self.device, self.seconds), "history": self.history,
         }  # fmt: skip
         write_whole(out / "training.json", json.dumps(record, indent=1) + "\n")
 
 
-def _normalized(pixels: Tensor) -> Tensor:
+def made(device: str, seconds: float) -> dict:
+    """Where, when and with what a training was done, for its record."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    name = torch.cuda.get_device_name() if "cuda" in device else f"{platform.machine()}, {os.cpu_count()} cores"
+    return {"commit": commit or None, "hours": round(seconds / 3600, 2), "device": name, "torch": torch.__version__}
+
+
+def normalized(pixels: Tensor) -> Tensor:
     """Pixels (batch, 168, 168, 3) of 0 to 255 as the processor hands them to the tower."""
     return (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
 
 
-def _schedule(step: int, steps: int) -> float:
+def schedule(step: int, steps: int) -> float:
     """Linear warm-up over 5 % of the steps, then a cosine down to 2 %."""
     warm = max(1, steps // 20)
     if step < warm:
@@ -180,11 +186,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("build/pocket"), help="checkpoints to resume from")
     parser.add_argument("--out", type=Path, default=Path("data/pocket"), help="where the finished model goes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes (a GPU needs about 6)")
     for name, value in asdict(Config()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     given = vars(parser.parse_args(argv))
-    work, out, device = (given.pop(k) for k in ("work", "out", "device"))
-    run = Run(work, Config(**given), device)
+    work, out, device, workers = (given.pop(k) for k in ("work", "out", "device", "workers"))
+    run = Run(work, Config(**given), device, workers)
     run.train()
     run.export(out)
 

@@ -1,0 +1,148 @@
+"""The reference run of a laboratory: many answers, measured once, whose rows are committed and drawn from.
+
+    python -m study.reference measure --model smol --n 100 --out build/reference/smol     # a GPU: minutes
+    python -m study.reference score --from build/reference/smol --out data/results/smol   # needs Java, no model
+
+A part is one question to the laboratory. Its rows are written when it is finished; batches are stored, so that an interrupted
+run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from PIL import Image
+
+import dyrate
+from dyrate.atomic import write_whole
+from dyrate.data import Examples
+from dyrate.models import describe
+from dyrate.strategies import STRATEGIES
+from study.answers import Condition, answer_all
+from study.examples import TASKS, SceneExample, examples
+from study.pocket.language import PROMPTS
+from study.pocket.scenes import compose, render
+from study.scores import scored, slot_scores
+
+SCANNED = ("description", "qa_two_step", "qa_total", "qa_long_word")
+SLOTS = ("object", "colour", "count", "place")
+RETENTIONS = (0.5, 0.25, 0.1)
+METHODS = (
+    "FastV", "RandomPrune", "Oracle", "UniformPool", "FastVRerank", "LinearAnneal", "PyramidDrop", "SparseVLM", "VisionZip",
+    "PruMerge", "DivPrune", "DART", "VisPruner", "CDPruner",
+)  # fmt: skip
+
+
+class OtherPicture(SceneExample):
+    """The same question about another scene's picture: what a model answers that guesses."""
+
+    def image(self) -> Image.Image:
+        return render(compose(self.scene.seed + 500_000_000, long_words=True)).image
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some conditions on some tasks. n: scenes a task, as a multiple of the run's."""
+
+    name: str
+    conditions: Sequence[Condition]
+    tasks: Sequence[str]
+    n: float = 1
+    other_picture: bool = False
+
+
+def parts(n_layers: int) -> list[Part]:
+    """What the reference run measures of a laboratory with so many decoder layers; the most important first."""
+    full = Condition("Full", STRATEGIES["Full"](), "Full")
+    blind = Condition("no image", STRATEGIES["RandomPrune"](rate=1.0, first_pruned_layer=0), "no image", 0.0)
+    tenth = _at("RandomPrune", 0.1, n_layers, 2)
+    layers = sorted({k for k in (1, 2, 3, 4, 6, 8, 11, 14, 18, 22) if k < 0.8 * n_layers})
+    scan = [_at(name, x, n_layers, k) for x in RETENTIONS[1:] for k in layers for name in ("FastV", "RandomPrune")]
+    methods = [_at(name, x, n_layers) for x in RETENTIONS for name in METHODS]
+    return [
+        Part("unpruned", [full], TASKS, n=4),
+        Part("other_picture", [full], TASKS, other_picture=True),
+        Part("needs_image", [full, blind, tenth], TASKS),
+        Part("layers", [full, *scan], SCANNED),
+        Part("methods", [full, *methods], ("caption", "description")),
+    ]
+
+
+def _at(name: str, retention: float, n_layers: int, layer: int | None = None) -> Condition:
+    fields = {} if layer is None else {"first_pruned_layer": layer}
+    label = f"{name} {retention:g}" + ("" if layer is None else f" from layer {layer}")
+    return Condition(label, STRATEGIES[name].at(retention, n_layers, **fields), name, retention)
+
+
+def measure(model: str, n: int, out: Path, *, store: Path, names: Sequence[str] = (), batch_size: int = 100) -> None:
+    """Measure the parts (all, or those named) in float32 and write `<part>.csv.gz` and `about.json` into `out`."""
+    loaded, processor = dyrate.load(model, dtype=torch.float32)
+    about = describe(loaded)
+    out.mkdir(parents=True, exist_ok=True)
+    for part in parts(about["layers"]):
+        if names and part.name not in names:
+            continue
+        asked = _asked(part, n)
+        rows = answer_all(loaded, processor, part.conditions, asked, store, max_new_tokens=100, batch_size=batch_size)
+        layer = {c.label: c.strategy.first_pruned_layer for c in part.conditions}
+        rows = rows.assign(first_pruned_layer=rows.label.map(layer))
+        write_whole(out / f"{part.name}.csv.gz", lambda path, rows=rows: rows.to_csv(path, index=False, compression="gzip"))
+        record = {"model": model, "n": n, **about, "torch": torch.__version__}
+        write_whole(out / "about.json", json.dumps(record, indent=1) + "\n")
+
+
+def _asked(part: Part, n: int) -> Examples:
+    asked = examples("laboratories", int(n * part.n), tasks=part.tasks)
+    if part.other_picture:
+        asked.items = [OtherPicture(**vars(e)) for e in asked.items]
+    return asked
+
+
+def score(source: Path, out: Path) -> None:
+    """Score measured rows and write them without their texts: what the pages are drawn from."""
+    about = json.loads((source / "about.json").read_text())
+    for part in parts(about["layers"]):
+        rows = pd.read_csv(source / f"{part.name}.csv.gz", keep_default_na=False, dtype={"sample": str, "scene": str})
+        asked = _asked(replace(part, other_picture=False), about["n"])
+        rows = _with_slots(scored(rows, asked), asked).drop(columns=["answer", "scene"])
+        path = out / f"reference_{part.name}.csv.gz"
+        write_whole(path, lambda path, rows=rows: rows.to_csv(path, index=False, compression="gzip", float_format="%.6g"))
+    write_whole(out / "reference.json", json.dumps(about, indent=1) + "\n")
+
+
+def _with_slots(rows: pd.DataFrame, asked: Examples) -> pd.DataFrame:
+    """With how many groups a described scene has, and of how many each slot is right."""
+    scenes = {e.name: e.scene for e in asked}
+    described = rows[rows.task.isin(PROMPTS)]
+    right = [slot_scores(scenes[name], text) for name, text in zip(described["sample"], described.answer, strict=True)]
+    counts = pd.DataFrame([[len(r), *r.sum(0)] for r in right], described.index, ["groups", *SLOTS])
+    return rows.join(counts.astype("Int64"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    measuring = verbs.add_parser("measure", help="answer all prompts of the reference run")
+    measuring.add_argument("--model", required=True, help="a laboratory: pocket, pocket-plain, smol, or a folder")
+    measuring.add_argument("--n", type=int, default=100, help="scenes a task")
+    measuring.add_argument("--out", type=Path, required=True)
+    measuring.add_argument("--store", type=Path, default=Path("build/answers"), help="finished batches")
+    measuring.add_argument("--parts", nargs="+", default=(), help="only these")
+    scoring = verbs.add_parser("score", help="score measured answers")
+    scoring.add_argument("--from", dest="source", type=Path, required=True)
+    scoring.add_argument("--out", type=Path, required=True)
+    given = vars(parser.parse_args(argv))
+    if given.pop("verb") == "measure":
+        measure(given["model"], given["n"], given["out"], store=given["store"], names=given["parts"])
+    else:
+        score(**given)
+
+
+if __name__ == "__main__":
+    main()
