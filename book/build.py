@@ -130,8 +130,12 @@ def how_made(made: list) -> str:
             f"| parameters | `{json.dumps(about['parameters'])}` |",
             f"| commit | `{(about['commit'] or 'none')[:12]}`{changed} |",
             f"| device | {about['device']} |", f"| duration | {about['seconds']:.0f} s |",
-            f"| versions | Python {about['python']}, {packages} |", "",
+            f"| versions | Python {about['python']}, {packages} |",
         ]  # fmt: skip
+        if lost := content.get("left_out"):
+            shown = "; ".join(lost[:5]).replace("|", "/") + (f"; all {len(lost)} in `{name}.json`" if len(lost) > 5 else "")
+            lines.append(f"| left out | {shown} |")
+        lines.append("")
     lines += pocket_section()
     return "\n".join(lines) + "\n"
 

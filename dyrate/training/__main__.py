@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 from dyrate.data import Examples, read_examples
@@ -29,7 +30,7 @@ def split_validation(examples: Examples) -> tuple[Examples, Examples]:
         raise ValueError(f"{examples.source}: one image cannot be split into training and validation; give more, or --validation")
     held_out = set(images[: max(1, len(images) // 10)])
     parts = [[e for e in examples if (e.path.name in held_out) == held] for held in (False, True)]
-    return tuple(Examples(part, examples.source, examples.problems) for part in parts)
+    return tuple(replace(examples, items=part, unreadable=[]) for part in parts)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -143,9 +143,15 @@ def test_photographs_go_through_the_notebook(tmp_path):
     (tmp_path / "photos.yaml").write_text(yaml.safe_dump({"01_attention": values}))
     done = run("--profile", str(tmp_path / "photos.yaml"), "--force")
     assert done.returncode == 0, done.stderr
-    numbers = json.loads((ROOT / "build" / "results" / "photos" / "01_attention.json").read_text())["numbers"]
-    assert numbers["n_answers"]["value"] == 4
-    assert numbers["n_unreadable"]["value"] == 2
+    content = json.loads((ROOT / "build" / "results" / "photos" / "01_attention.json").read_text())
+    assert {key: content["numbers"][key]["value"] for key in ("n_answers", "n_unreadable", "n_missing")} == {
+        "n_answers": 4, "n_unreadable": 1, "n_missing": 1,
+    }  # fmt: skip
+    assert "4 answers to photographs of" in content["texts"]["measured_on"]
+    assert "(1 unreadable and 1 missing left out)" in content["texts"]["measured_on"] and content["protocol"][0]["n"] == 4
+    assert len(content["left_out"]) == 2 and names[1] in content["left_out"][1]
+    said = [line for line in done.stderr.splitlines() if line.startswith("01_attention: warning: ")]
+    assert len(said) == 2 and "missing.jpg" in said[0] and f"1 images left out: {tmp_path / names[1]} cannot be read" in said[1]
 
 
 def test_source_notebooks_are_clean_and_well_formed():

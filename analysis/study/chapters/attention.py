@@ -23,7 +23,7 @@ from dyrate.recording import Recording, record_examples
 from dyrate.segments import SEGMENTS
 from study.book import Chapter
 from study.examples import examples as study_examples
-from study.examples import has_scenes
+from study.examples import has_scenes, left_out
 from study.intervals import bootstrap
 from study.pocket.language import PLURAL
 from study.pocket.scenes import COLOURS, GRID, render
@@ -92,8 +92,8 @@ def measure(
     device_map: str = "", **_,
 ) -> Attention:  # fmt: skip
     """Record the attention of answers to `n` images a task. Parameters: the notebook's."""
-    loaded, processor = dyrate.load(model, device_map=device_map or None)
     examples = study_examples(source, n, tasks=tasks, seed=seed)
+    loaded, processor = dyrate.load(model, device_map=device_map or None)
     recordings = record_examples(
         loaded, processor, examples, max_new_tokens=max_new_tokens, batch_size=batch_size, image_rows=has_scenes(examples)
     )
@@ -333,7 +333,8 @@ def record(chapter: Chapter, recorded: Attention) -> None:
     chapter.number("last_response_deep_percent", 100 * last["deep"])
     chapter.number("heads_over_steps", heads_over_steps(recorded))
     chapter.number("n_answers", len(recorded.recordings))
-    chapter.number("n_unreadable", len(recorded.examples.problems))
+    chapter.number("n_unreadable", len(recorded.examples.unreadable))
+    chapter.number("n_missing", len(recorded.examples.missing))
     chapter.number("mean_answer_tokens", np.mean([len(r.tokens) for r in recorded.main]))
     chapter.text("measured_on", _measured_on(recorded))
     chapter.text("measured_main", f"{recorded.model}, {len(recorded.main)} answers ({recorded.main[0].task.replace('_', ' ')})")
@@ -350,8 +351,7 @@ def _measured_on(recorded: Attention) -> str:
     examples = recorded.examples
     images = "pocket scenes that it has not seen" if recorded.scenes else f"photographs of `{examples.source}`"
     tasks = ", ".join(dict.fromkeys(e.task for e in examples))
-    left_out = f"; {len(examples.problems)} unreadable left out" if examples.problems else ""
-    return f"{recorded.model}, {len(recorded.recordings)} answers to {images} (tasks: {tasks}), greedy{left_out}"
+    return f"{recorded.model}, {len(recorded.recordings)} answers to {images}{left_out(examples)} (tasks: {tasks}), greedy"
 
 
 def _record_focus(chapter: Chapter, recorded: Attention) -> None:

@@ -73,9 +73,9 @@ def measure(
     predictors: str, pattern: str, max_new_tokens: int, batch_size: int, seed: int, store: str, device_map: str = "", **_,
 ) -> Comparison:  # fmt: skip
     """Answers under every strategy at every retention ratio, and under the trained predictors. Parameters: the notebook's."""
+    examples = study_examples(source, n, tasks=tasks, seed=seed)
     loaded, processor = dyrate.load(model, device_map=device_map or None)
     about = describe(loaded)
-    examples = study_examples(source, n, tasks=tasks, seed=seed)
     conditions = lineup(retentions, about["layers"], strategies, scenes=has_scenes(examples))
     if predictors:
         conditions += [condition_of(folder) for folder in sorted((ROOT / predictors).glob(pattern))]
