@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         learn = examples(given.source, given.n_train, tasks=given.tasks, split="train")
         check = examples(given.source, given.n_validation, tasks=given.tasks, split="validation")
         train_and_save(given, learn, check, tasks=given.tasks, commit=commit or None)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, ImportError) as error:
         parser.exit(2, f"error: {error}\n")
 
 

@@ -32,8 +32,8 @@ def load(name: str | Path = "pocket", *, revision: str | None = None, dtype=None
     default bfloat16 on a GPU, float32 on a CPU. device: default this process's GPU, else the CPU; device_map ("auto": over all
     GPUs) is passed on to transformers instead. Nothing downloaded is executed.
 
-    Raises FileNotFoundError (no such folder, or a hub checkpoint that is not at hand offline) and ValueError (not a
-    vision-language model, or a family that dyrate does not know).
+    Raises FileNotFoundError (no such folder, or a hub checkpoint that is not at hand offline), ValueError (not a
+    vision-language model, or a family that dyrate does not know) and ImportError (a processor that needs torchvision).
     """
     where = origin(name, revision)
     device = device or this_process().device
@@ -45,6 +45,12 @@ def load(name: str | Path = "pocket", *, revision: str | None = None, dtype=None
         model = AutoModelForImageTextToText.from_pretrained(**where, dtype=dtype, device_map=device_map)
     except OSError as error:
         raise _missing(where, error) from error
+    except (ImportError, ValueError) as error:
+        if "torchvision" not in str(error).lower():
+            raise
+        raise ImportError(
+            f"transformers' processor for {name} needs torchvision: install the build that goes with torch {torch.__version__}"
+        ) from error
     if isinstance(where["pretrained_model_name_or_path"], str) and where["revision"] is None:
         state = f"{where['pretrained_model_name_or_path']}@{config._commit_hash}"
         warnings.warn(f'took the newest state of a checkpoint: write "{state}" to keep it', stacklevel=2)

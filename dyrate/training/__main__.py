@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         examples = read_examples(given.data)
         parts = (examples, read_examples(given.validation)) if given.validation else split_validation(examples)
         train_and_save(given, *parts)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, ImportError) as error:
         parser.exit(2, f"error: {error}\n")
 
 

@@ -4,12 +4,13 @@ import json
 import warnings
 from importlib import import_module
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import dyrate
@@ -67,6 +68,10 @@ def test_load_errors(tmp_path, monkeypatch):
     (tmp_path / "blip" / "config.json").write_text(json.dumps({"model_type": "blip-2"}))
     with pytest.raises(ValueError, match=r"'blip-2', which dyrate does not support.*llava"):
         dyrate.load(tmp_path / "blip")
+    for error in (ImportError("\nQwen2VLVideoProcessor requires the Torchvision library\n"), ValueError("needs `torchvision`")):
+        with monkeypatch.context() as patched, pytest.raises(ImportError, match=r"^transformers' processor for pocket needs tor"):
+            patched.setattr(AutoProcessor, "from_pretrained", Mock(side_effect=error))
+            dyrate.load("pocket")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"hf download llava-hf/llava-1.5-7b-hf --revision b234b80"):
         dyrate.load("llava-hf/llava-1.5-7b-hf")
