@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+import warnings
 from pathlib import Path
 
+from dyrate.data import one_line
 from dyrate.training.options import add_arguments, train_and_save
 from study.examples import examples
 
@@ -26,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
                         help="examples a task to calibrate the budget on (default: 16)")  # fmt: skip
     add_arguments(parser, model="pocket")
     given = parser.parse_args(argv)
+    warnings.formatwarning = one_line
     command = ["git", "rev-parse", "HEAD"]
     commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     try:

@@ -112,6 +112,11 @@ def _check_accepted(processor, image: Image.Image, example: Example) -> None:
         raise OSError(f"{example.path or example.name} is refused by the model's processor: {error}") from error
 
 
+def one_line(message, *_) -> str:
+    """A warning without the line of code that it comes from: `warnings.formatwarning = one_line`, where a program begins."""
+    return f"warning: {message}\n"
+
+
 def read_examples(path: str | Path) -> Examples:
     """Examples from a file of JSON lines, {"image": file, "prompt": text, "answer": text or list, "task": name}.
 

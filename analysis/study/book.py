@@ -16,7 +16,7 @@ from IPython.display import Markdown
 from myst_nb import glue
 
 from dyrate.atomic import write_whole
-from dyrate.data import Examples
+from dyrate.data import Examples, one_line
 from study.profiles import ROOT
 from study.protocol import protocol_rows
 
@@ -34,7 +34,7 @@ class Chapter:
         self.texts: dict[str, str] = {}
         self.protocols: list[dict] = []
         self.left_out: list[str] = []
-        warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # one line on the page, which the runner repeats
+        warnings.formatwarning = one_line  # for the runner to repeat
 
     def number(self, key: str, value: float | Mapping | pd.Series) -> None:
         """Record and glue a headline number: a plain value, or one with its interval, of which `NUMBER` is kept.

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dyrate.data import one_line
+
 _TOKENS: dict[str, str] = {}  # by caption: starting Java takes longer than a thousand captions
 
 
@@ -176,7 +178,7 @@ _SCORERS |= {"METEOR": _meteor, "ROUGE-L": _rouge, "CIDEr": _cider}
 def main(argv: list[str]) -> None:
     if len(argv) != 2:
         sys.exit("usage: python -m study.caption_metrics annotations.json results.json")
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.formatwarning = one_line
     try:
         for name, value in score_files(*map(Path, argv)).items():
             print(f"{name}: {value:.3f}")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 import zlib
 from dataclasses import replace
 from pathlib import Path
 
-from dyrate.data import Examples, read_examples
+from dyrate.data import Examples, one_line, read_examples
 from dyrate.training.options import add_arguments, train_and_save
 
 ABOUT = """\
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     add_arguments(parser)
     given = parser.parse_args(argv)
+    warnings.formatwarning = one_line
     try:
         examples = read_examples(given.data)
         parts = (examples, read_examples(given.validation)) if given.validation else split_validation(examples)

@@ -353,7 +353,7 @@ def _measured_on(recorded: Attention) -> str:
     examples = recorded.examples
     images = "pocket scenes that it has not seen" if recorded.scenes else f"photographs of `{examples.source}`"
     tasks = ", ".join(dict.fromkeys(e.task for e in examples))
-    return f"{recorded.model}, {len(recorded.recordings)} answers to {images}{left_out(examples)} (tasks: {tasks}), greedy"
+    return f"{recorded.model}, {len(recorded.recordings)} answers ({tasks}) to {images}{left_out(examples)}, greedy"
 
 
 def _record_focus(chapter: Chapter, recorded: Attention) -> None:
