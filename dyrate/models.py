@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
@@ -62,7 +63,10 @@ def load(name: str | Path = "pocket", *, revision: str | None = None, dtype=None
 def read_config(name: str | Path, revision: str | None = None):
     """A checkpoint's configuration, without its weights. Raises what `load` does."""
     where = origin(name, revision)
+    source = where["pretrained_model_name_or_path"]
     try:
+        if isinstance(source, str):  # one request that fails at once, where transformers tries six times
+            snapshot_download(source, revision=where["revision"], allow_patterns="config.json")
         config = AutoConfig.from_pretrained(**where)
     except OSError as error:
         raise _missing(where, error) from error

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+from transformers import AutoConfig, AutoProcessor, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import dyrate
@@ -72,6 +72,10 @@ def test_load_errors(tmp_path, monkeypatch):
         with monkeypatch.context() as patched, pytest.raises(ImportError, match=r"^transformers' processor for pocket needs tor"):
             patched.setattr(AutoProcessor, "from_pretrained", Mock(side_effect=error))
             dyrate.load("pocket")
+    with monkeypatch.context() as patched, pytest.raises(FileNotFoundError, match=r"cannot reach 'owner/nowhere'.*Connection"):
+        patched.setattr("dyrate.models.snapshot_download", Mock(side_effect=ConnectionError()))
+        patched.setattr(AutoConfig, "from_pretrained", Mock(side_effect=AssertionError("asked again")))
+        dyrate.load("owner/nowhere")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"hf download llava-hf/llava-1.5-7b-hf --revision b234b80"):
         dyrate.load("llava-hf/llava-1.5-7b-hf")
