@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from dyrate.data import one_line
 from dyrate.distributed import this_process
 from study.profiles import defaults, read_plan
 from study.runner import BAD_INPUT, before
@@ -25,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--profile", required=True, help="a name in analysis/params, or a YAML file")
     parser.add_argument("--only", nargs="+", default=[], help="numbers of chapters, such as 03")
     given = parser.parse_args(argv)
+    warnings.formatwarning = one_line
     try:
         _, plan = read_plan(given.profile, given.only)
         plan = [(notebook, values) for notebook, values in plan if measure_of(notebook)]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+import warnings
 from pathlib import Path
 
+from dyrate.data import one_line
 from dyrate.training.options import add_arguments, train_and_save
 from study.examples import examples
 
@@ -26,13 +28,14 @@ def main(argv: list[str] | None = None) -> None:
                         help="examples a task to calibrate the budget on (default: 16)")  # fmt: skip
     add_arguments(parser, model="pocket")
     given = parser.parse_args(argv)
+    warnings.formatwarning = one_line
     command = ["git", "rev-parse", "HEAD"]
     commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     try:
         learn = examples(given.source, given.n_train, tasks=given.tasks, split="train")
         check = examples(given.source, given.n_validation, tasks=given.tasks, split="validation")
         train_and_save(given, learn, check, tasks=given.tasks, commit=commit or None)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, ImportError) as error:
         parser.exit(2, f"error: {error}\n")
 
 

@@ -20,6 +20,7 @@ import pandas as pd
 import yaml
 
 from study.book import ROOT, shown_table
+from study.profiles import NOTEBOOKS
 from study.protocol import reported
 from study.quality import BARS
 
@@ -56,6 +57,7 @@ def write_pages(executed: list[Path], repository: str | None) -> Path:
     """Write executed notebooks, and the pages that follow from their results, into the book; return its table of contents."""
     shutil.rmtree(BOOK / "analysis", ignore_errors=True)
     (BOOK / "analysis").mkdir()
+    (BOOK / "_assets" / "hero.png").unlink(missing_ok=True)
     made = []
     for page in executed:
         notebook = nbformat.read(page, 4)
@@ -64,8 +66,10 @@ def write_pages(executed: list[Path], repository: str | None) -> Path:
         made.append((page.stem, title(notebook), json.loads((results / f"{page.stem}.json").read_text())))
         for picture in results.glob("*_words.png"):
             shutil.copy(picture, BOOK / "_assets" / "hero.png")
-    (BOOK / "made.md").write_text(how_made(made))
+    (BOOK / "made.md").write_text(how_made(made) + not_run({page.stem for page in executed}))
     (BOOK / "_found.md").write_text(findings(made))
+    (BOOK / "_finding.md").write_text(f":::{{div}} finding\n{finding_of(made[0][2])}\n:::\n")
+    (BOOK / "_hero.md").write_text(hero(made))
     (BOOK / "models.md").write_text(model_matrix.page())
     toc = BOOK / "_toc.generated.yml"
     toc.write_text(yaml.safe_dump(with_pages(yaml.safe_load((BOOK / "_toc.yml").read_text()), {p.stem for p in executed})))
@@ -107,9 +111,32 @@ def findings(made: list) -> str:
     """A table of each chapter's question and the finding that its run computed."""
     rows = ["| chapter | finding |", "|---|---|"]
     for name, heading, content in made:
-        finding = next((text for key, text in content.get("texts", {}).items() if key.endswith("finding")), "")
-        rows.append(f"| [{heading}](analysis/{name}.ipynb) | {finding.replace('|', '/')} |")
+        rows.append(f"| [{heading}](analysis/{name}.ipynb) | {finding_of(content).replace('|', '/')} |")
     return "\n".join(rows) + "\n"
+
+
+def finding_of(content: dict) -> str:
+    """The finding among a chapter's sentences."""
+    return next((text for key, text in content["texts"].items() if key.endswith("finding")), "")
+
+
+def hero(made: list) -> str:
+    """The front page's figure, with the caption that its chapter computed; nothing if that chapter was not run."""
+    captions = [content["texts"]["hero_caption"] for _, _, content in made if "hero_caption" in content["texts"]]
+    if not captions:
+        return ""
+    alt = "An image, and beside it, on scenes, the same under a heat map of the model's attention for tokens of its answer."
+    return f"```{{figure}} _assets/hero.png\n:name: fig-hero\n:alt: {alt}\n:width: 100%\n\n{captions[0]}\n```\n"
+
+
+def not_run(stems: set[str]) -> str:
+    """A section for each chapter that this profile did not run, so that what refers to it leads somewhere."""
+    lines = []
+    for source in [notebook for notebook in NOTEBOOKS if notebook.stem not in stems]:
+        notebook = nbformat.read(source, 4)
+        label = notebook.cells[0].source.splitlines()[0]
+        lines += [label, f"## {title(notebook)}", "", f"Not run with this profile: `--only {source.name[:2]}` runs it.", ""]
+    return "\n".join(lines)
 
 
 def how_made(made: list) -> str:
@@ -130,8 +157,12 @@ def how_made(made: list) -> str:
             f"| parameters | `{json.dumps(about['parameters'])}` |",
             f"| commit | `{(about['commit'] or 'none')[:12]}`{changed} |",
             f"| device | {about['device']} |", f"| duration | {about['seconds']:.0f} s |",
-            f"| versions | Python {about['python']}, {packages} |", "",
+            f"| versions | Python {about['python']}, {packages} |",
         ]  # fmt: skip
+        if lost := content.get("left_out"):
+            shown = "; ".join(lost[:5]).replace("|", "/") + (f"; all {len(lost)} in `{name}.json`" if len(lost) > 5 else "")
+            lines.append(f"| left out | {shown} |")
+        lines.append("")
     lines += pocket_section()
     return "\n".join(lines) + "\n"
 

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -54,12 +55,18 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass
 class Examples(Sequence):
-    """Examples and what was wrong with the data: `problems` lists each left-out file or caption with its reason."""
+    """Examples, and what was wrong with the data.
+
+    problems: a line for whatever was mended or left out. missing: images that are named and not there. unreadable: images that
+    were left out when their turn came, each with the reason.
+    """
 
     items: list[Example]
     source: str
     problems: list[str] = field(default_factory=list)
     split: str = "all"
+    missing: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -67,28 +74,47 @@ class Examples(Sequence):
     def __getitem__(self, index):
         return self.items[index]
 
-    def batches(self, size: int) -> Iterator[tuple[list[Example], list[Image.Image]]]:
-        """Examples with their images, `size` at a time; an image that cannot be read is reported and skipped."""
-        batch, images = [], []
-        for example in self.items:
+    def readable(self, processor=None) -> Iterator[tuple[Example, Image.Image]]:
+        """Each example with its image. Where that cannot be read, or the processor refuses it, the example is left out for good.
+
+        Warns of them in one line. Raises ValueError that names them if no example is left.
+        """
+        for example in list(self.items):
             try:
                 image = example.image()
+                if processor is not None:
+                    _check_accepted(processor, image, example)
             except OSError as error:
-                self.report(str(error))
-                continue
-            batch.append(example)
-            images.append(image)
-            if len(batch) == size:
-                yield batch, images
-                batch, images = [], []
-        if batch:
-            yield batch, images
+                self.items = [e for e in self.items if e is not example]
+                if str(error) not in self.unreadable:
+                    self.unreadable.append(str(error))
+            else:
+                yield example, image
+        reasons = "; ".join(self.unreadable[:3]) + ("; ..." if len(self.unreadable) > 3 else "")
+        if not self.items:
+            raise ValueError(f"{self.source}: no example has an image that can be used: {reasons}")
+        if self.unreadable:
+            warnings.warn(f"{self.source}: {len(self.unreadable)} images left out: {reasons}", stacklevel=2)
 
-    def report(self, problem: str) -> None:
-        """Note a problem once, and warn."""
-        if problem not in self.problems:
-            self.problems.append(problem)
-            warnings.warn(problem, stacklevel=3)
+    def batches(self, size: int, processor=None) -> Iterator[tuple[list[Example], list[Image.Image]]]:
+        """`readable` examples and their images, `size` at a time."""
+        left = self.readable(processor)
+        while pairs := list(islice(left, size)):
+            batch, images = zip(*pairs, strict=True)
+            yield list(batch), list(images)
+
+
+def _check_accepted(processor, image: Image.Image, example: Example) -> None:
+    """Raises OSError that names the image if the model's own processor can make nothing of it."""
+    try:
+        processor.image_processor(images=[image], return_tensors="pt")
+    except Exception as error:  # each processor raises what it likes
+        raise OSError(f"{example.path or example.name} is refused by the model's processor: {error}") from error
+
+
+def one_line(message, *_) -> str:
+    """A warning without the line of code that it comes from: `warnings.formatwarning = one_line`, where a program begins."""
+    return f"warning: {message}\n"
 
 
 def read_examples(path: str | Path) -> Examples:

@@ -103,7 +103,7 @@ def of_tasks(pruned: Sequence[float], unpruned: Sequence[float], tasks: Sequence
 
 def of_speed(model, processor, predictor: RatePredictor, examples: Examples, *, batch: int = 8, repeats: int = 3) -> Sign:
     """No speed-up: time of generation with the predictor over time without it, for as many tokens, alternating."""
-    chunk, images = next(examples.batches(batch))
+    chunk, images = next(examples.batches(batch, processor))
     inputs = encode(processor, images, [e.prompt for e in chunk])
     settings = {"min_new_tokens": 32, "max_new_tokens": 32}
     ratios = []

@@ -69,9 +69,9 @@ def answer_examples(
     model, processor, examples: Examples, strategy: Strategy | None = None, *, batch_size: int = 32, progress: bool = False,
     **settings,
 ) -> Iterator[tuple[list[Example], list[Image], Answers]]:  # fmt: skip
-    """Batch by batch the examples whose image can be read, their images, and `answer_batch`'s answers."""
+    """Batch by batch the examples whose image can be used (`Examples.readable`), their images, and `answer_batch`'s answers."""
     with tqdm(total=len(examples), desc="answers", disable=not progress) as bar:
-        for batch, images in examples.batches(batch_size):
+        for batch, images in examples.batches(batch_size, processor):
             inputs = encode(processor, images, [e.prompt for e in batch])
             yield batch, images, answer_batch(model, processor, inputs, strategy, batch, **settings)
             bar.update(len(batch))

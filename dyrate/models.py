@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
@@ -37,8 +38,8 @@ def load(name: str | Path = "pocket", *, revision: str | None = None, dtype=None
     default bfloat16 on a GPU, float32 on a CPU. device: default this process's GPU, else the CPU; device_map ("auto": over all
     GPUs) is passed on to transformers instead. Nothing downloaded is executed.
 
-    Raises FileNotFoundError (no such folder, or a hub checkpoint that is not at hand offline) and ValueError (not a
-    vision-language model, or a family that dyrate does not know).
+    Raises FileNotFoundError (no such folder, or a hub checkpoint that is not at hand offline), ValueError (not a
+    vision-language model, or a family that dyrate does not know) and ImportError (a processor that needs torchvision).
     """
     where = origin(name, revision)
     device = device or this_process().device
@@ -50,6 +51,12 @@ def load(name: str | Path = "pocket", *, revision: str | None = None, dtype=None
         model = AutoModelForImageTextToText.from_pretrained(**where, dtype=dtype, device_map=device_map)
     except OSError as error:
         raise _missing(where, error) from error
+    except (ImportError, ValueError) as error:
+        if "torchvision" not in str(error).lower():
+            raise
+        raise ImportError(
+            f"transformers' processor for {name} needs torchvision: install the build that goes with torch {torch.__version__}"
+        ) from error
     if isinstance(where["pretrained_model_name_or_path"], str) and where["revision"] is None:
         state = f"{where['pretrained_model_name_or_path']}@{config._commit_hash}"
         warnings.warn(f'took the newest state of a checkpoint: write "{state}" to keep it', stacklevel=2)
@@ -61,7 +68,10 @@ def load(name: str | Path = "pocket", *, revision: str | None = None, dtype=None
 def read_config(name: str | Path, revision: str | None = None):
     """A checkpoint's configuration, without its weights. Raises what `load` does."""
     where = origin(name, revision)
+    source = where["pretrained_model_name_or_path"]
     try:
+        if isinstance(source, str):  # one request that fails at once, where transformers tries six times
+            snapshot_download(source, revision=where["revision"], allow_patterns="config.json")
         config = AutoConfig.from_pretrained(**where)
     except OSError as error:
         raise _missing(where, error) from error

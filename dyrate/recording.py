@@ -89,10 +89,10 @@ def record_examples(
     model, processor, examples: Examples, *, max_new_tokens: int = 64, batch_size: int = 16, image_rows: bool = False,
     progress: bool = True,
 ) -> list[Recording]:  # fmt: skip
-    """`record` for every example whose image can be read, batch by batch."""
+    """`record` for every example whose image can be used (`Examples.readable`), batch by batch."""
     found = []
     with tqdm(total=len(examples), desc="recording attention", disable=not progress) as bar:
-        for batch, images in examples.batches(batch_size):
+        for batch, images in examples.batches(batch_size, processor):
             found += record(
                 model, processor, images, [e.prompt for e in batch], max_new_tokens=max_new_tokens, image_rows=image_rows,
                 names=[e.name for e in batch], tasks=[e.task for e in batch],

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from inspect import get_annotations
 from typing import ClassVar, Literal
 
 from jaxtyping import Bool, Float, Int
@@ -42,8 +43,16 @@ class Strategy:
 
     def __init_subclass__(cls, *, registered: bool = True, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
+        bare = [f.name for f in fields(cls) if f.name in vars(cls) and f.name not in get_annotations(cls)]
+        if bare:  # else the field keeps the default that it has in the base class, in silence
+            raise TypeError(f"{cls.__name__}.{bare[0]} is a field: give it its type, as in `{bare[0]}: str = ...`")
         if registered:  # all but what is only there to be inherited from
             STRATEGIES[cls.__name__] = cls
+
+    def __new__(cls, *args, **kwargs):
+        if get_annotations(cls) and "__dataclass_fields__" not in vars(cls):
+            raise TypeError(f"{cls.__name__} has fields of its own: put @dataclass(kw_only=True) above it")
+        return super().__new__(cls)
 
     def __call__(
         self, model, processor=None, *, examples: Sequence[Example] | None = None, static: int = 0

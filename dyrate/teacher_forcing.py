@@ -55,11 +55,8 @@ class Prepared:
 
 
 def prepare_examples(model, processor, predictor: RatePredictor, examples: Examples, size: int) -> list[Prepared]:
-    """All examples whose image can be read, in batches of `size`. Raises ValueError if there is none."""
-    batches = [prepare(model, processor, predictor, batch, images) for batch, images in examples.batches(size)]
-    if not batches:
-        raise ValueError(f"{examples.source}: none of {len(examples)} examples has an image that can be read")
-    return batches
+    """All examples whose image can be used (`Examples.readable`), in batches of `size`. Raises ValueError if there is none."""
+    return [prepare(model, processor, predictor, batch, images) for batch, images in examples.batches(size, processor)]
 
 
 def prepare(model, processor, predictor: RatePredictor, batch: list[Example], images: list) -> Prepared:

@@ -73,7 +73,10 @@ class Trace:
         return PrefillTokens(step.tokens[row] - self.n_image[row], self.n_instruction[row], image)
 
     def frame(self) -> pd.DataFrame:
-        """One row per step, batch row and stage: kept image tokens, retention, cached bytes (all layers), segment shares."""
+        """One row per step, batch row and stage: kept image tokens, retention, cached bytes (all layers), segment shares.
+
+        Shares are NaN where no attention was read: after step 0 under a strategy that decides in the prefill alone, as FastV.
+        """
         rows = []
         for t, step in enumerate(self.steps):
             for stage in step.stages:

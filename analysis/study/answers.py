@@ -68,7 +68,7 @@ def answer_all(
     """One row for each condition and example: answer, tokens, measured retention, multiply-accumulates and bytes.
 
     Greedy, unless a condition's settings say otherwise. store: folder of finished batches. A batch holds examples of one
-    task, and is the same in every run, so that an interrupt changes no number; an image that cannot be read is reported to
+    task, and is the same in every run, so that an interrupt changes no number; an image that cannot be used leaves
     `examples` and has no rows. Under `accelerate launch` each process takes its part of what is missing, and all return the
     whole table. seed: of sampling.
     """
@@ -78,7 +78,7 @@ def answer_all(
     about = [base | {"strategy": described(c.strategy), "settings": s} for c, s in zip(conditions, settings, strict=True)]
     work: dict[Path, tuple[Condition, list[Example], dict]] = {}
     paths: list[list[Path]] = [[] for _ in conditions]
-    for batch, contents in _batches(examples, batch_size):  # one after the other, so that each is encoded once
+    for batch, contents in _batches(examples, batch_size, processor):  # one after the other, so that each is encoded once
         for i, condition in enumerate(conditions):
             path = _path(Path(store), about[i] | {"examples": contents})
             paths[i].append(path)
@@ -113,21 +113,14 @@ def _answered(model, processor, work: dict[Path, tuple[Condition, list[Example],
     return found | {path: json.loads(path.read_text(encoding="utf-8")) for path in work if path not in found}
 
 
-def _batches(examples: Examples, size: int) -> list[tuple[list[Example], list[list[str]]]]:
+def _batches(examples: Examples, size: int, processor) -> list[tuple[list[Example], list[list[str]]]]:
     """Batches of one task each, in the order of the examples, and what of each example decides its answer."""
     by_task: dict[str, list[tuple[Example, list[str]]]] = {}
-    for example in examples:
-        try:
-            image = example.image()
-        except OSError as error:
-            examples.report(str(error))
-            continue
+    for example, image in examples.readable(processor):
         pixels = hashlib.sha256(image.tobytes()).hexdigest()
         scene = repr(example.scene) if isinstance(example, SceneExample) else ""
         content = [example.name, example.task, example.prompt, f"{image.size} {pixels}", scene]
         by_task.setdefault(example.task, []).append((example, content))
-    if not by_task:
-        raise ValueError(f"{examples.source}: none of {len(examples)} images can be read")
     parts = [found[i : i + size] for found in by_task.values() for i in range(0, len(found), size)]
     return [([example for example, _ in part], [content for _, content in part]) for part in parts]
 

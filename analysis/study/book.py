@@ -7,6 +7,7 @@ any page can cite them without typing them, and written to `NN_name.json` with t
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,7 +16,7 @@ from IPython.display import Markdown
 from myst_nb import glue
 
 from dyrate.atomic import write_whole
-from dyrate.data import Examples
+from dyrate.data import Examples, one_line
 from study.profiles import ROOT
 from study.protocol import protocol_rows
 
@@ -32,6 +33,8 @@ class Chapter:
         self.numbers: dict[str, dict] = {}
         self.texts: dict[str, str] = {}
         self.protocols: list[dict] = []
+        self.left_out: list[str] = []
+        warnings.formatwarning = one_line  # for the runner to repeat
 
     def number(self, key: str, value: float | Mapping | pd.Series) -> None:
         """Record and glue a headline number: a plain value, or one with its interval, of which `NUMBER` is kept.
@@ -59,18 +62,20 @@ class Chapter:
     def protocol(
         self, examples: Examples | str, *, metric: str | None = None, max_new_tokens: int | None = None, decoding: str = "greedy"
     ) -> None:
-        """Record under which protocol the chapter's numbers were made (`study.protocol.protocol_rows`)."""
+        """Record under which protocol the chapter's numbers were made (`study.protocol.protocol_rows`), and what was left out."""
+        if isinstance(examples, Examples):
+            self.left_out += [*examples.problems, *examples.unreadable]
         decoded = f"{decoding}, at most {max_new_tokens} tokens" if max_new_tokens else "none"
         self.protocols += protocol_rows(examples, metric=metric, decoding=decoded)
 
     def close(self) -> None:
-        """Write headline numbers, computed sentences and protocols: only now does the chapter count as measured.
+        """Write headline numbers, sentences, protocols and what was left out: only now does the chapter count as measured.
 
         Raises ValueError if no protocol was stated.
         """
         if not self.protocols:
             raise ValueError(f"chapter {self.name} states no protocol: call chapter.protocol(examples, ...) before close()")
-        content = {"numbers": self.numbers, "texts": self.texts, "protocol": self.protocols}
+        content = {"numbers": self.numbers, "texts": self.texts, "protocol": self.protocols, "left_out": self.left_out}
         write_whole(self.folder / f"{self.name}.json", json.dumps(content, indent=1) + "\n")
 
 
@@ -98,7 +103,7 @@ def _as_shown(column: pd.Series) -> tuple[list[str], bool]:
     numbers = bool(known.notna().sum() == column.notna().sum() > 0)
     form = "{}"
     if pd.api.types.is_float_dtype(column) and numbers:
-        largest = known.abs().max()
+        largest = known[np.isfinite(known)].abs().max()
         most = min(3, max(0, 3 - int(np.floor(np.log10(largest))))) if largest > 0 else 0
         decimals = next((d for d in range(most) if np.allclose(known.dropna(), known.dropna().round(d), atol=1e-9)), most)
         form, column = f"{{:.{decimals}f}}", known.round(decimals) + 0.0  # no negative zero

@@ -9,8 +9,9 @@ left out and listed.
 from __future__ import annotations
 
 import random
+import warnings
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -114,18 +115,19 @@ def _of_folder(folder: Path, n: int | None, seed: int, split: str | None) -> Exa
     captioned = Examples([], str(folder), split=split or ("test" if captions.splits else "all"))
     if captions.splits:
         names, split = [name for name in names if captions.splits[name] == captioned.split], None
-    for problem in captions.problems:
-        captioned.report(problem)
-    for name in [name for name in names if file_of[name] is None]:
-        captioned.report(f"{captions.origin}: the caption of {name} has no image file in {folder}")
+    captioned.problems += captions.problems
+    captioned.missing = [name for name in names if file_of[name] is None]
     there = [name for name in names if file_of[name] is not None]
     if not there:
         raise ValueError(f"{captions.origin}: none of its {len(names)} captioned images is in {folder}")
+    if n_missing := len(captioned.missing):
+        which = f"{n_missing} of its {len(names)} captioned images are not in {folder} (first: {captioned.missing[0]})"
+        captioned.problems.append(f"{captions.origin}: {which}")
     chosen = _chosen(there, n, seed, split)
     captioned.items = [
         Example(name, "caption", CAPTION_PROMPT, tuple(captions.texts[name]), path=file_of[name]) for name in chosen
     ]
-    return captioned
+    return _with_images(captioned)
 
 
 def _files(folder: Path) -> dict[str, list[tuple[str, Path]]]:
@@ -159,13 +161,37 @@ def _of_hub(source: str, n: int | None, seed: int, split: str | None) -> Example
     captions, opens = read_hub_set(source)
     published = SETS[source].split
     captioned = Examples([], source, split=published if split is None else f"{split} of {published}")
-    for name in [name for name, texts in captions.items() if not texts]:
-        captioned.report(f"{source}: {name} has no caption")
     if not any(captions.values()):
         raise ValueError(f"{source}: no captions in it")
+    if bare := [name for name, texts in captions.items() if not texts]:
+        captioned.problems.append(f"{source}: {len(bare)} images without a caption, left out (first: {bare[0]})")
     chosen = _chosen([name for name, texts in captions.items() if texts], n, seed, split)
     captioned.items = [Example(name, "caption", CAPTION_PROMPT, tuple(captions[name]), opens=opens[name]) for name in chosen]
-    return captioned
+    return _with_images(captioned)
+
+
+def _with_images(examples: Examples) -> Examples:
+    """The examples, of which one at least has an image that can be read: else ValueError, before a model is loaded."""
+    if not examples.items:
+        raise ValueError(f"{examples.source}: none of its photographs is in the split {examples.split}: add photographs")
+    next(examples.readable())
+    for problem in examples.problems:
+        warnings.warn(problem, stacklevel=2)
+    return examples
+
+
+def left_out(examples: Examples) -> str:
+    """How many photographs could not be measured, in words to follow the number that were; "" for none."""
+    counts = {"unreadable": len(examples.unreadable), "missing": len(examples.missing)}
+    named = " and ".join(f"{n} {why}" for why, n in counts.items() if n)
+    return f" ({named} left out)" if named else ""
+
+
+def images_in_words(examples: Examples) -> str:
+    """What was measured, for captions: how many images a task, of what kind, and how many were left out."""
+    n = max(Counter(e.task for e in examples).values())
+    kind = "unseen pocket scenes a task" if has_scenes(examples) else f"photographs of `{examples.source}`"
+    return f"{n} {kind}{left_out(examples)}"
 
 
 def _chosen(names: list[str], n: int | None, seed: int, split: str | None) -> list[str]:

@@ -13,7 +13,7 @@ def bootstrap(
     """A statistic over samples with its percentile bootstrap interval: {"value", "low", "high", "n"}.
 
     values: one number, or one row of numbers, per sample; samples (not their parts) are resampled, single NaN numbers left
-    out. statistic: called with `axis=0`.
+    out. statistic: called with `axis=0`. The interval of a single sample is unbounded, for it says nothing of others.
     """
     values = np.asarray(values, dtype=float)
     values = values[~np.isnan(values)] if values.ndim == 1 else values
@@ -23,7 +23,7 @@ def bootstrap(
     rng = np.random.default_rng(seed)
     resampled = [statistic(values[rng.integers(0, n, n)], axis=0) for _ in range(resamples)]
     tail = (1 - level) / 2
-    low, high = np.nanquantile(resampled, [tail, 1 - tail], axis=0)
+    low, high = np.nanquantile(resampled, [tail, 1 - tail], axis=0) if n > 1 else (-np.inf, np.inf)
     value = statistic(values, axis=0)
     if values.ndim == 1:
         return {"value": float(value), "low": float(low), "high": float(high), "n": n}
@@ -34,7 +34,7 @@ def bootstrap_crossed(values: np.ndarray, *, resamples: int = 2000, seed: int = 
     """The mean over samples and seeds with a percentile interval over both: {"value", "low", "high", "n", "seeds"}.
 
     values: (sample, seed), each seed measured on every sample. Samples and seeds are resampled independently, so that the
-    interval covers other samples and other trainings alike; with one seed it is `bootstrap`'s.
+    interval covers other samples and other trainings alike; with one seed, or one sample, it is `bootstrap`'s.
     """
     values = np.asarray(values, dtype=float)
     n, seeds = values.shape
@@ -43,7 +43,7 @@ def bootstrap_crossed(values: np.ndarray, *, resamples: int = 2000, seed: int = 
     rng = np.random.default_rng(seed)
     resampled = [values[rng.integers(0, n, n)][:, rng.integers(0, seeds, seeds)].mean() for _ in range(resamples)]
     tail = (1 - level) / 2
-    low, high = np.quantile(resampled, [tail, 1 - tail])
+    low, high = np.quantile(resampled, [tail, 1 - tail]) if n > 1 else (-np.inf, np.inf)
     return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": n, "seeds": seeds}
 
 

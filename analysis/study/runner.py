@@ -22,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TextIO
 
+import nbformat
 import papermill
 import torch
 from jupyter_client.kernelspec import KernelSpecManager
@@ -288,6 +289,8 @@ def finish(chapter: Running, jobs: int, expected: float | None = None) -> bool:
     seconds, notebook = time.monotonic() - chapter.begun, chapter.notebook
     executed, headline = where(notebook, chapter.profile, chapter.values)
     part = executed.with_suffix(".part.ipynb")
+    for warning in warned(part):
+        print(f"{notebook.stem}: {warning}", file=sys.stderr)
     if chapter.process.exitcode == 0 and recorded(headline):  # what the last run left
         print(f"error: {notebook.name} does not close its chapter", file=sys.stderr)
     elif chapter.process.exitcode == 0:
@@ -303,6 +306,13 @@ def finish(chapter: Running, jobs: int, expected: float | None = None) -> bool:
         failed = part.replace(executed.with_suffix(".failed.ipynb"))
         print(f"{notebook.stem}: the notebook as it stood: {failed.relative_to(ROOT)}", file=sys.stderr)
     return False
+
+
+def warned(executed: Path) -> list[str]:
+    """The warnings in a notebook's outputs, in the form that `study.book.Chapter` gives them."""
+    cells = nbformat.read(executed, 4).cells if executed.exists() else []
+    lines = [line for cell in cells for output in cell.get("outputs", []) for line in output.get("text", "").splitlines()]
+    return list(dict.fromkeys(line for line in lines if line.startswith("warning: ")))
 
 
 # -- comparing with a reference --------------------------------------------------------------------------------------------

@@ -115,6 +115,8 @@ def compare(table: pd.DataFrame, reference: str = "Full") -> pd.DataFrame:
 
 def caption_measures(table: pd.DataFrame, examples: Examples) -> pd.DataFrame:
     """Mean CIDEr, BLEU-4, ROUGE-L and METEOR of the captions of each label, all on the same images. table: `scored` rows."""
+    if table.empty:
+        return pd.DataFrame(columns=["label", "CIDEr", "BLEU-4", "ROUGE-L", "METEOR"])
     references = {e.name: e.references for e in examples}
     # these three score each caption by itself, so all at once; CIDEr depends on its company
     names = ("BLEU-4", "ROUGE-L", "METEOR")

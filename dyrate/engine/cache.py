@@ -57,6 +57,15 @@ class PrunedLayer(DynamicLayer):
         self.keys, self.values = (_take_slots(x, index) for x in (self.keys, self.values))
 
 
+    def close(self) -> None:
+        """From now on refuse new tokens: nobody knows any more where in the prompt the kept ones were."""
+        self.update = _refused
+
+
+def _refused(*_, **__):
+    raise RuntimeError("this cache was pruned by a strategy that has left it: give the whole prompt, with a fresh cache")
+
+
 def _take_slots(x: Tensor, index: Int[Tensor, "batch n"]) -> Tensor:
     """x: (batch, head, slot, dim)."""
     batch, heads, slots, dim = x.shape

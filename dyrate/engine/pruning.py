@@ -13,6 +13,7 @@ from dataclasses import fields
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
@@ -84,6 +85,7 @@ def prune(
         if "vision" in strategy.needs:
             run.tower = Tower(model)
             stack.enter_context(run.tower.attached())
+        stack.callback(run.close_cache)
         yield run.trace
 
 
@@ -116,6 +118,16 @@ class _Pruning:
         self.tower: Tower | None = None
         self.capturing = False
         self.step = -1
+        self.pruned: WeakSet[PrunedLayer] = WeakSet()  # layers of the cache at work
+
+    def __reduce__(self):
+        raise RuntimeError("a strategy is attached to this model: leave its `with` block before copying or pickling the model")
+
+    def close_cache(self) -> None:
+        """The cache of the latest prompt, if anyone still has it, takes no more tokens."""
+        for layer in self.pruned:
+            layer.close()
+        self.pruned.clear()
 
     # -- the whole pass ------------------------------------------------------------------------------------------------
 
@@ -147,6 +159,7 @@ class _Pruning:
         real = torch.ones_like(ids) if attention_mask is None else attention_mask
         if not bool(real[:, -1].all()):
             raise ValueError('a prompt ends in padding: pad on the left (processor.tokenizer.padding_side = "left")')
+        self.close_cache()
         segments = find_segments(ids, self.image_token_id, real, self.system)
         self.rows = Rows.of_prompt(segments, real, self.stages)
         self.step = -1
@@ -217,6 +230,7 @@ class _Pruning:
             cache.layers.append(DynamicLayer())
         check_cache_layer(cache.layers[layer], layer)
         cache.layers[layer] = PrunedLayer(self.rows.take if layer == self.stages[0] else None)
+        self.pruned.add(cache.layers[layer])
 
     def _prefill(self, stage: int, held: Held, module: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
         """Decide, and take the tokens that stay out of the hidden states."""

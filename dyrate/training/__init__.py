@@ -13,7 +13,7 @@ the budget adapts; and a last calibration measures real generation.
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from dyrate import diagnostics
@@ -87,8 +87,11 @@ def batches_to_learn(
     """
     mixed = random.Random(settings.seed).sample(list(examples), len(examples))
     state = this_process()
-    mine = Examples(mixed[state.process_index :: state.num_processes], examples.source, examples.problems)
+    part = mixed[state.process_index :: state.num_processes]
+    mine = replace(examples, items=part)
     batches = prepare_examples(model, processor, predictor, mine, settings.batch)
+    left_out = set(part) - set(mine)
+    examples.items = [example for example in examples if example not in left_out]
     if settings.distill:
         for prepared in batches:
             prepared.teacher = unpruned_logits(model, predictor, prepared)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
-from dyrate.data import Examples, read_examples
+from dyrate.data import Examples, one_line, read_examples
 from dyrate.training.options import add_arguments, train_and_save
 
 ABOUT = """\
@@ -29,7 +31,7 @@ def split_validation(examples: Examples) -> tuple[Examples, Examples]:
         raise ValueError(f"{examples.source}: one image cannot be split into training and validation; give more, or --validation")
     held_out = set(images[: max(1, len(images) // 10)])
     parts = [[e for e in examples if (e.path.name in held_out) == held] for held in (False, True)]
-    return tuple(Examples(part, examples.source, examples.problems) for part in parts)
+    return tuple(replace(examples, items=part, unreadable=[]) for part in parts)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,11 +51,12 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     add_arguments(parser)
     given = parser.parse_args(argv)
+    warnings.formatwarning = one_line
     try:
         examples = read_examples(given.data)
         parts = (examples, read_examples(given.validation)) if given.validation else split_validation(examples)
         train_and_save(given, *parts)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, ImportError) as error:
         parser.exit(2, f"error: {error}\n")
 
 

@@ -355,6 +355,41 @@ def test_a_compiled_model_is_refused():
         pass
 
 
+def test_a_model_with_a_strategy_cannot_be_copied():
+    """The copy would keep the hooks of the first, and half of what they know."""
+    model, _ = long_images(4)
+    with dyrate.FastV()(model), pytest.raises(RuntimeError, match="leave its `with` block before copying"):
+        copy.deepcopy(model)
+    assert snapshot(copy.deepcopy(model))[0].keys() == snapshot(model)[0].keys()
+
+
+@pytest.mark.parametrize("later", ["after the block", "under the next prompt"])
+def test_a_pruned_cache_ends_with_its_prompt(later):
+    model, inputs = long_images(4)
+    step = {"input_ids": inputs["input_ids"][:, -1:], "attention_mask": None}
+    with dyrate.FastV()(model):
+        cache = model(**inputs, use_cache=True).past_key_values
+        model(**step, past_key_values=cache)  # the control: within, it goes on
+        if later == "under the next prompt":
+            model(**inputs, use_cache=True)
+            with pytest.raises(RuntimeError, match="this cache was pruned by a strategy that has left it"):
+                model(**step, past_key_values=cache)
+    with pytest.raises(RuntimeError, match="this cache was pruned by a strategy that has left it"):
+        model(**step, past_key_values=cache)
+
+
+def test_a_class_whose_fields_would_not_be_set_is_refused():
+    class Undecorated(dyrate.Strategy, registered=False):
+        share: float = 0.5
+
+    with pytest.raises(TypeError, match=r"Undecorated has fields of its own: put @dataclass\(kw_only=True\) above it"):
+        Undecorated(share=0.25)
+    with pytest.raises(TypeError, match=r"Untyped.residency is a field: give it its type"):
+
+        class Untyped(dyrate.Strategy, registered=False):
+            residency = "mask"
+
+
 def test_padding_on_the_right_is_refused():
     model, inputs = long_images(4)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], inputs["input_ids"][:, -1:]], 1)

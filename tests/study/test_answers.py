@@ -232,14 +232,14 @@ def test_altered_pixels_are_measured_anew(pocket, tmp_path, calls):
     for _ in range(2):
         found = photographs()
         assert answered(found)["sample"].tolist() == ["0.png", "1.png"]
-        assert len(found.problems) == 1 and "2.png" in found.problems[0]
+        assert len(found) == 2 and len(found.unreadable) == 1 and "2.png" in found.unreadable[0]
     assert len(calls) == 1
     Image.effect_noise((60, 60), 90).convert("RGB").save(tmp_path / "1.png")
     answered(photographs())
     assert len(calls) == 2
     answered(photographs((1, 0)))  # another batch
     assert len(calls) == 3
-    with pytest.raises(ValueError, match="none of 1 images can be read"):
+    with pytest.raises(ValueError, match=r"no example has an image that can be used: .*2\.png"):
         answered(photographs((2,)))
 
 

@@ -2,18 +2,23 @@
 
 import json
 import warnings
+from importlib import import_module
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+from transformers import AutoConfig, AutoProcessor, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import dyrate
 from study import hub_sets
 from study.caption_metrics import cider, tokenize_captions
-from study.examples import examples
+from study.examples import examples, left_out
 from study.intervals import bootstrap
+from study.profiles import NOTEBOOKS, defaults
 
 
 def test_loads_the_pocket_model():
@@ -63,6 +68,14 @@ def test_load_errors(tmp_path, monkeypatch):
     (tmp_path / "blip" / "config.json").write_text(json.dumps({"model_type": "blip-2"}))
     with pytest.raises(ValueError, match=r"'blip-2', which dyrate does not support.*llava"):
         dyrate.load(tmp_path / "blip")
+    for error in (ImportError("\nQwen2VLVideoProcessor requires the Torchvision library\n"), ValueError("needs `torchvision`")):
+        with monkeypatch.context() as patched, pytest.raises(ImportError, match=r"^transformers' processor for pocket needs tor"):
+            patched.setattr(AutoProcessor, "from_pretrained", Mock(side_effect=error))
+            dyrate.load("pocket")
+    with monkeypatch.context() as patched, pytest.raises(FileNotFoundError, match=r"cannot reach 'owner/nowhere'.*Connection"):
+        patched.setattr("dyrate.models.snapshot_download", Mock(side_effect=ConnectionError()))
+        patched.setattr(AutoConfig, "from_pretrained", Mock(side_effect=AssertionError("asked again")))
+        dyrate.load("owner/nowhere")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"hf download llava-hf/llava-1.5-7b-hf --revision b234b80"):
         dyrate.load("llava-hf/llava-1.5-7b-hf")
@@ -151,7 +164,7 @@ def test_a_hub_set_is_read_and_pinned(hub):
         found = examples("nocaps")
     assert hub["name"] == "lmms-lab/NoCaps" and len(hub["revision"]) == 40 and hub["allow_patterns"] == "data/validation-*"
     assert [(e.name, e.references) for e in found] == [("nocaps-4", ("one", "two")), ("nocaps-8", ("three",))]
-    assert found.problems == ["nocaps: nocaps-6 has no caption"]
+    assert found.problems == ["nocaps: 1 images without a caption, left out (first: nocaps-6)"]
     assert found[1].image().size == (130, 120) and found[1].image().mode == "RGB"
     with pytest.raises(FileNotFoundError, match=r"lmms-lab/flickr30k at \w{40} has no file data/test-\*"):
         examples("flickr30k")
@@ -178,19 +191,41 @@ def test_without_the_package_a_hub_set_says_what_to_install(monkeypatch):
         examples("coco2017")
 
 
-def test_a_broken_image_is_reported_and_counted(photographs):
-    coco(photographs, ("photo0.jpg", "photo1.jpg", "photo2.jpg", "missing.jpg"))
-    path = photographs / "photo1.jpg"
+def truncate(path):
     path.write_bytes(path.read_bytes()[:400])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+
+
+def test_images_that_cannot_be_used_are_listed_and_counted(photographs):
+    """Missing, truncated, and of a shape that Qwen's own processor refuses: the rest goes on, with one warning."""
+    Image.new("RGB", (1, 400)).save(photographs / "photo0.jpg")
+    truncate(photographs / "photo1.jpg")
+    coco(photographs, ("photo0.jpg", "photo1.jpg", "photo2.jpg", "missing.jpg", "lost.jpg"))
+    qwen = SimpleNamespace(image_processor=Qwen2VLImageProcessorPil())
+    with pytest.warns(UserWarning, match=r"2 of its 5 captioned images are not in .* \(first: missing.jpg\)"):
         found = examples(photographs)
-        seen = [e.name for batch, _ in found.batches(2) for e in batch]
-        list(found.batches(2))  # a second pass reports nothing twice
-    assert seen == ["photo0.jpg", "photo2.jpg"]
-    assert len(found.problems) == 2
-    assert "missing.jpg" in found.problems[0]
-    assert "photo1.jpg" in found.problems[1]
+    with pytest.warns(UserWarning, match="2 images left out: .*photo0.jpg is refused .*aspect ratio.*; .*photo1.jpg") as warned:
+        assert [e.name for batch, _ in found.batches(2, qwen) for e in batch] == ["photo2.jpg"]
+    assert len(warned) == 1 and "\n" not in str(warned[0].message)
+    list(found.batches(2, qwen))  # a second pass lists nothing twice
+    assert [e.name for e in found] == ["photo2.jpg"] and found.missing == ["missing.jpg", "lost.jpg"]
+    assert len(found.unreadable) == 2 and left_out(found) == " (2 unreadable and 2 missing left out)"
+    truncate(photographs / "photo2.jpg")
+    with pytest.raises(ValueError, match=r"an image that can be used: .*photo0.jpg is refused.*photo2.jpg cannot be"):
+        list(found.batches(2, qwen))
+
+
+def test_where_no_image_can_be_read_no_model_is_loaded(photographs, monkeypatch):
+    for i in range(3):
+        truncate(photographs / f"photo{i}.jpg")
+    karpathy(photographs, ("train", "val", "test"))
+    monkeypatch.setattr(dyrate, "load", lambda *_, **__: pytest.fail("loaded"))
+    for notebook in NOTEBOOKS:
+        if "source" in (values := defaults(notebook)):
+            values |= {"source": str(photographs)} | {k: ["caption"] for k in ("tasks", "learn_tasks") if k in values}
+            values |= {"task": "caption"} if "task" in values else {}
+            chapter = import_module(f"study.chapters.{notebook.stem[3:]}")
+            with pytest.raises(ValueError, match=r"no example has an image that can be used: .*jpg cannot be read"):
+                chapter.measure(**values)
 
 
 def test_folder_errors(photographs, tmp_path):

@@ -1,5 +1,6 @@
 """Chapter 6: what is kept of scenes and photographs, and the figure to play with, tried in a browser."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from study.chapters import masks
 from study.examples import examples
 from study.figures.masks import kept_patches
 from study.figures.slider import kept_slider
+from study.profiles import NOTEBOOKS, defaults
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -43,6 +45,13 @@ def test_of_photographs_nothing_is_claimed_about_what_they_show(tmp_path):
     assert set(chapter.numbers) == {"row_bias", "kept_first", "kept_last", "first_pruned_layer"}
     assert chapter.texts["masks_finding"] == "From the first token to the last the retention ratio goes from 1.00 to 0.25."
     assert "scenes only" in chapter.texts["masks_on_content"]
+
+
+def test_a_family_without_a_square_of_patches_is_refused_before_it_is_loaded(tmp_path):
+    values = defaults(next(n for n in NOTEBOOKS if n.stem == "06_masks"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
+    with pytest.raises(ValueError, match="a square grid of patches, which 'qwen2_vl' has not"):
+        masks.measure(**values | {"model": str(tmp_path)})
 
 
 def test_kept_by_token_follows_the_trace():

@@ -143,9 +143,37 @@ def test_photographs_go_through_the_notebook(tmp_path):
     (tmp_path / "photos.yaml").write_text(yaml.safe_dump({"01_attention": values}))
     done = run("--profile", str(tmp_path / "photos.yaml"), "--force")
     assert done.returncode == 0, done.stderr
-    numbers = json.loads((ROOT / "build" / "results" / "photos" / "01_attention.json").read_text())["numbers"]
-    assert numbers["n_answers"]["value"] == 4
-    assert numbers["n_unreadable"]["value"] == 2
+    content = json.loads((ROOT / "build" / "results" / "photos" / "01_attention.json").read_text())
+    assert {key: content["numbers"][key]["value"] for key in ("n_answers", "n_unreadable", "n_missing")} == {
+        "n_answers": 4, "n_unreadable": 1, "n_missing": 1,
+    }  # fmt: skip
+    assert "4 answers to photographs of" in content["texts"]["measured_on"]
+    assert "(1 unreadable and 1 missing left out)" in content["texts"]["measured_on"] and content["protocol"][0]["n"] == 4
+    assert len(content["left_out"]) == 2 and names[1] in content["left_out"][1]
+    said = [line for line in done.stderr.splitlines() if line.startswith("01_attention: warning: ")]
+    assert len(said) == 2 and "missing.jpg" in said[0] and f"1 images left out: {tmp_path / names[1]} cannot be read" in said[1]
+
+
+def test_short_answers_alone_and_one_strategy_make_a_book(tmp_path):
+    """No answer names an object, none is a caption, nothing stands beside FastV, two chapters of all, and results elsewhere."""
+    common = {"tasks": ["qa_colour"], "max_new_tokens": 8, "results": str(tmp_path / "results")}
+    alone = {"strategies": ["FastV"], "retentions": [0.5], "predictors": "", "store": str(tmp_path / "answers"), "n": 1}
+    sections = {"01_attention": common | {"n": 2}, "03_comparison": common | alone}
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump(sections))
+    done = run("--profile", str(tmp_path / "few.yaml"), "--force")
+    assert done.returncode == 0, done.stderr
+    texts = json.loads((tmp_path / "results" / "01_attention.json").read_text())["texts"]
+    assert texts["where_finding"] == "No answer names an object: there is nothing to measure here."
+    texts = json.loads((tmp_path / "results" / "03_comparison.json").read_text())["texts"]
+    assert "not measured here" in texts["fastv_ranking"]
+    out = tmp_path / "book" / "_build"
+    command = [sys.executable, "book/build.py", "--profile", "few", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (out / "html" / "intro.html").read_text(encoding="utf-8")
+    assert "One of the images, and the model’s answer" in page and "scene of the pocket" not in page
+    assert "Not run with this profile" in (out / "html" / "made.html").read_text(encoding="utf-8")
+    shutil.rmtree(ROOT / "build" / "analysis" / "few")
 
 
 def test_source_notebooks_are_clean_and_well_formed():

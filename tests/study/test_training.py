@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -121,16 +122,21 @@ def test_a_file_of_ones_own_is_trained_on_from_the_command_line(tmp_path, capsys
     for i, example in enumerate(examples("pocket", 5, tasks=["qa_colour"], split="train")):
         example.image().save(tmp_path / f"{i}.png")
         lines.append({"image": f"{i}.png", "prompt": example.prompt, "answer": example.references[0], "task": example.task})
+    (tmp_path / "broken.png").write_bytes((tmp_path / "0.png").read_bytes()[:200])
+    lines.append(lines[0] | {"image": "broken.png"})
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
     out = tmp_path / "predictor"
-    main(["--model", "pocket", "--data", str(tmp_path / "train.jsonl"), "--out", str(out), "--steps", "2", "--budget", "0.5",
-          "--n-rates", "8", "--unit", "macs"])  # fmt: skip
+    with pytest.warns(UserWarning, match=r"1 images left out: .*broken.png cannot be read"):
+        main(["--model", "pocket", "--data", str(tmp_path / "train.jsonl"), "--out", str(out), "--steps", "2", "--budget", "0.5",
+              "--n-rates", "8", "--unit", "macs"])  # fmt: skip
+    assert warnings.formatwarning("text", UserWarning, "file", 1) == "warning: text\n"
     printed = capsys.readouterr().out
     predictor = DyRate.from_pretrained(out).predictor
     measured = predictor.about["calibration"]["retention"]
     assert f"retention {measured:.3f} in answers to 1 validation prompts" in printed and f"the predictor is in {out}" in printed
     assert predictor.about["n_train"] == 4 and len(predictor.rates) == 8
-    assert f"{measured:.3f}" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert f"{measured:.3f}" in card and "steps 2" in card and "pushed" not in card
 
 
 def test_the_studys_images_are_trained_on_from_the_command_line(tmp_path):

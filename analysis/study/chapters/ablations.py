@@ -54,10 +54,10 @@ def measure(
     """Answers under every line and every constant rate, after training what lines train. Parameters: the notebook's."""
     lines = [*constants(constant_retentions), *ablations]
     check(lines)
-    loaded, processor = dyrate.load(model, device_map=device_map or None)
     test = study_examples(source, n, tasks=tasks, split="test", seed=seed)
     learn = study_examples(source, n_train, tasks=learn_tasks, split="train", seed=seed)
     validation = study_examples(source, n_validation, tasks=learn_tasks, split="validation", seed=seed)
+    loaded, processor = dyrate.load(model, device_map=device_map or None)
     conditions = [condition(line, loaded, processor, learn, validation, ROOT / trained, batch_size) for line in lines]
     answers = answer_all(
         loaded, processor, conditions, test, ROOT / store, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed

@@ -23,7 +23,7 @@ from dyrate.recording import Recording, record_examples
 from dyrate.segments import SEGMENTS
 from study.book import Chapter
 from study.examples import examples as study_examples
-from study.examples import has_scenes
+from study.examples import has_scenes, left_out
 from study.intervals import bootstrap
 from study.pocket.language import PLURAL
 from study.pocket.scenes import COLOURS, GRID, render
@@ -69,14 +69,16 @@ class Attention:
 
     @cached_property
     def density(self) -> pd.DataFrame:
-        """`focus` of the first task, on scenes."""
+        """`focus` of the first task; empty where no answer names an object, or nobody knows where objects are."""
+        if not self.scenes:
+            return focus([], [], [])
         scene_of = {e.name: e.scene for e in self.examples}
         scenes = [scene_of[r.sample] for r in self.main]
         return focus(self.main, scenes, [render(scene).cover for scene in scenes])
 
     @cached_property
     def focus_layer(self) -> int:
-        """The layer that attends most densely to the object being named, on scenes."""
+        """The layer that attends most densely to the object being named, where `density` has any."""
         return int(self.density[self.density.patches == "named object"].set_index("layer").value.idxmax())
 
     @cached_property
@@ -92,8 +94,8 @@ def measure(
     device_map: str = "", **_,
 ) -> Attention:  # fmt: skip
     """Record the attention of answers to `n` images a task. Parameters: the notebook's."""
-    loaded, processor = dyrate.load(model, device_map=device_map or None)
     examples = study_examples(source, n, tasks=tasks, seed=seed)
+    loaded, processor = dyrate.load(model, device_map=device_map or None)
     recordings = record_examples(
         loaded, processor, examples, max_new_tokens=max_new_tokens, batch_size=batch_size, image_rows=has_scenes(examples)
     )
@@ -257,9 +259,8 @@ def focus(recordings: list[Recording], scenes: list, covers: list[np.ndarray]) -
                         densities.setdefault((layer, part), []).append(density)
         for key, values in densities.items():
             samples.setdefault(key, []).append(float(np.mean(values)))
-    return pd.DataFrame(
-        {"layer": layer, "patches": part, **bootstrap(values)} for (layer, part), values in sorted(samples.items())
-    )
+    rows = [{"layer": layer, "patches": part, **bootstrap(values)} for (layer, part), values in sorted(samples.items())]
+    return pd.DataFrame(rows, columns=["layer", "patches", "value", "low", "high", "n"])
 
 
 def _names(thing: str) -> list[str]:
@@ -274,7 +275,7 @@ def image_and_maps(recorded: Attention, most: int = 5) -> tuple:
     """
     answer = recorded.shown
     picture = next(e for e in recorded.examples if e.name == answer.sample).image()
-    if not recorded.scenes:
+    if recorded.density.empty:
         return picture, [], []
     naming = [i for i, token in enumerate(answer.tokens) if i and token_kind(token, True) == "object"]
     naming = [i for i in naming if answer.tokens[i] not in ("pair", "pairs")][:most]
@@ -333,16 +334,18 @@ def record(chapter: Chapter, recorded: Attention) -> None:
     chapter.number("last_response_deep_percent", 100 * last["deep"])
     chapter.number("heads_over_steps", heads_over_steps(recorded))
     chapter.number("n_answers", len(recorded.recordings))
-    chapter.number("n_unreadable", len(recorded.examples.problems))
+    chapter.number("n_unreadable", len(recorded.examples.unreadable))
+    chapter.number("n_missing", len(recorded.examples.missing))
     chapter.number("mean_answer_tokens", np.mean([len(r.tokens) for r in recorded.main]))
     chapter.text("measured_on", _measured_on(recorded))
     chapter.text("measured_main", f"{recorded.model}, {len(recorded.main)} answers ({recorded.main[0].task.replace('_', ' ')})")
     chapter.text("finding", finding(recorded.trends))
-    if recorded.scenes:
+    if len(recorded.density):
         _record_focus(chapter, recorded)
     else:
-        chapter.text("where_finding", "This needs to know which patches show which object: it is measured on pocket scenes only.")
-        chapter.text("hero_caption", f"One of the photographs, and the model's answer: “{recorded.shown.text}”")
+        why = "No answer names an object" if recorded.scenes else "Nobody knows which patches of a photograph show what"
+        chapter.text("where_finding", f"{why}: there is nothing to measure here.")
+        chapter.text("hero_caption", f"One of the images, and the model's answer: “{recorded.shown.text}”")
 
 
 def _measured_on(recorded: Attention) -> str:
@@ -350,8 +353,7 @@ def _measured_on(recorded: Attention) -> str:
     examples = recorded.examples
     images = "pocket scenes that it has not seen" if recorded.scenes else f"photographs of `{examples.source}`"
     tasks = ", ".join(dict.fromkeys(e.task for e in examples))
-    left_out = f"; {len(examples.problems)} unreadable left out" if examples.problems else ""
-    return f"{recorded.model}, {len(recorded.recordings)} answers to {images} (tasks: {tasks}), greedy{left_out}"
+    return f"{recorded.model}, {len(recorded.recordings)} answers ({tasks}) to {images}{left_out(examples)}, greedy"
 
 
 def _record_focus(chapter: Chapter, recorded: Attention) -> None:

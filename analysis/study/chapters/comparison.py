@@ -14,7 +14,7 @@ from dyrate.models import describe
 from dyrate.strategies import STRATEGIES
 from study import controls  # noqa: F401  (registers its strategies)
 from study.answers import Condition, answer_all
-from study.book import ROOT
+from study.book import ROOT, Chapter
 from study.examples import examples as study_examples
 from study.examples import has_scenes
 from study.intervals import bootstrap, verdict
@@ -23,6 +23,10 @@ from study.predictors import condition_of
 from study.scores import caption_measures, compare, method_scores, scored
 
 UNITS = {"caption": "CIDEr (1 = what papers print as 100)", "questions": "right answers (share)"}
+RANKED_OTHERWISE = {  # than FastV does: methods, and their names in a sentence
+    "random": ("RandomPrune", "random pruning"), "worst": ("WorstFirst", "keeping the tokens with the least attention"),
+    "rerank": ("FastVRerank", "ranking anew at every token, where dropped tokens are re-selectable"),
+}  # fmt: skip
 INTERVAL = ["value", "low", "high", "n"]
 
 
@@ -54,6 +58,11 @@ class Comparison:
         at = (self.rows.budget == retention) | (self.rows.method == "Full")
         return caption_measures(self.rows[at & (self.rows.task == "caption")], self.examples)
 
+    @property
+    def n_captions(self) -> int:
+        """How many captions each strategy wrote."""
+        return sum(e.task == "caption" for e in self.examples)
+
     def difference(self, one: str, other: str, task: str) -> dict:
         """Paired difference in score between two methods on a task, mean over retention ratios, with its interval."""
         return bootstrap((method_scores(self.rows, one, task) - method_scores(self.rows, other, task)).dropna())
@@ -73,9 +82,9 @@ def measure(
     predictors: str, pattern: str, max_new_tokens: int, batch_size: int, seed: int, store: str, device_map: str = "", **_,
 ) -> Comparison:  # fmt: skip
     """Answers under every strategy at every retention ratio, and under the trained predictors. Parameters: the notebook's."""
+    examples = study_examples(source, n, tasks=tasks, seed=seed)
     loaded, processor = dyrate.load(model, device_map=device_map or None)
     about = describe(loaded)
-    examples = study_examples(source, n, tasks=tasks, seed=seed)
     conditions = lineup(retentions, about["layers"], strategies, scenes=has_scenes(examples))
     if predictors:
         conditions += [condition_of(folder) for folder in sorted((ROOT / predictors).glob(pattern))]
@@ -119,6 +128,22 @@ def short_answers(folder: str) -> tuple[pd.DataFrame, pd.DataFrame | None, str]:
     table = pd.concat([table.assign(source="reported"), table_1(measured).assign(source="measured")], ignore_index=True)
     harnesses = ", ".join(measured.harness.unique())
     return table, measured, f"{caption} Rows marked measured: {harnesses}; samples and prompts are in the results' CSV."
+
+
+def record_ranking(chapter: Chapter, measured: Comparison, task: str) -> None:
+    """Numbers and a sentence on FastV's difference in score from what was measured with it of `RANKED_OTHERWISE`."""
+    there, parts = set(measured.rows.method), []
+    for key, (method, name) in RANKED_OTHERWISE.items():
+        if {"FastV", method} <= there:
+            d = measured.difference("FastV", method, task)
+            chapter.number(f"fastv_minus_{key}", d)
+            parts.append(f"from {name} by {d['value']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})")
+    sentence = (
+        f"With the same number kept, on the same prompts ({task.replace('_', ' ')}), its score differs {', '.join(parts)}: "
+        f"{measured.units[group_of(task)]}, mean over the retention ratios, 95 % intervals of paired differences."
+    )
+    nothing = "This needs FastV and what ranks otherwise among the strategies: it was not measured here."
+    chapter.text("fastv_ranking", sentence if parts else nothing)
 
 
 def finding(measured: Comparison, task: str, retention: float) -> str:

@@ -60,9 +60,9 @@ def measure(
     others: dict[str, str], max_new_tokens: int, batch_size: int, seed: int, store: str, device_map: str = "", **_,
 ) -> Dynamics:  # fmt: skip
     """Answers under predictors and under the controls made from their rates on validation prompts. Parameters: the notebook's."""
-    loaded, processor = dyrate.load(model, device_map=device_map or None)
     validation = study_examples(source, n_validation, tasks=tasks, split="validation", seed=seed)
     test = study_examples(source, n, tasks=tasks, split="test", seed=seed)
+    loaded, processor = dyrate.load(model, device_map=device_map or None)
     how = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
 
     def under(start: str, only: Sequence[str] | None = None) -> tuple[pd.DataFrame, dict[str, Strategy], pd.DataFrame]:

@@ -13,11 +13,11 @@ from PIL.Image import Image
 import dyrate
 from dyrate.data import Example, Examples
 from dyrate.generation import answer_examples
-from dyrate.models import describe
+from dyrate.models import describe, read_config
 from dyrate.strategies.dyrate import DyRate
 from dyrate.strategy import Strategy
 from study.book import ROOT, Chapter
-from study.examples import SceneExample, has_scenes
+from study.examples import SceneExample, has_scenes, left_out
 from study.examples import examples as study_examples
 from study.intervals import bootstrap
 from study.pocket.scenes import render
@@ -60,9 +60,14 @@ def measure(
     *, model: str, source: str, task: str, n: int, predictor: str, max_new_tokens: int, batch_size: int, seed: int,
     device_map: str = "", **_,
 ) -> Masks:  # fmt: skip
-    """Answer `n` test prompts under a trained predictor, and note what it keeps. Parameters: the notebook's."""
-    loaded, processor = dyrate.load(model, device_map=device_map or None)
+    """Answer `n` test prompts under a trained predictor, and note what it keeps. Parameters: the notebook's.
+
+    Raises ValueError for a family whose image tokens are not one square grid of patches, before it is loaded.
+    """
+    if (family := read_config(model).model_type) != "llava":
+        raise ValueError(f"chapter 6 draws a square grid of patches, which {family!r} has not: leave it out, or name a LLaVA-1.5")
     examples = study_examples(source, n, tasks=[task], split="test", seed=seed)
+    loaded, processor = dyrate.load(model, device_map=device_map or None)
     strategy = DyRate.from_pretrained(ROOT / predictor)
     answers = kept_by_token(loaded, processor, strategy, examples, batch_size=batch_size, max_new_tokens=max_new_tokens)
     about = describe(loaded)
@@ -125,5 +130,5 @@ def record(chapter: Chapter, masks: Masks, table: pd.DataFrame) -> None:
         on_content = "This needs to know what each patch shows: it is measured on pocket scenes only."
     chapter.text("masks_finding", f"**{finding}.**")
     chapter.text("masks_on_content", on_content)
-    answers = f"{len(masks.answers)} unseen images ({masks.examples[0].task})"
+    answers = f"{masks.examples[0].task.replace('_', ' ')} of {len(masks.answers)} unseen images{left_out(masks.examples)}"
     chapter.text("masks_measured_on", f"{masks.model}, {answers}, predictor `{masks.predictor}`, greedy")

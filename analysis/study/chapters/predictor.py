@@ -21,6 +21,7 @@ from dyrate.teacher_forcing import Prepared, predicted_by_gradient, prepare_exam
 from dyrate.training import Settings, Trained, Trainer, batches_to_learn, calibrate, trajectories, untrained
 from study.book import ROOT, Chapter
 from study.examples import examples as study_examples
+from study.examples import left_out
 from study.intervals import bootstrap
 
 SHOWN = 0.33  # the budget whose predictor is shown, or the one next to it
@@ -145,10 +146,10 @@ def measure(
     predictors: str, max_new_tokens: int, batch_size: int, seed: int, device_map: str = "", **_,
 ) -> Predictors:  # fmt: skip
     """Train a predictor for each budget and save it, and one with four rates. Parameters: the notebook's."""
-    loaded, processor = dyrate.load(model, device_map=device_map or None)
     learn = study_examples(source, n_train, tasks=tasks, split="train", seed=seed)
     check = study_examples(source, n_validation, tasks=tasks, split="validation", seed=seed + 1)
     unseen = study_examples(source, n_test, tasks=tasks, split="test", seed=seed + 2)
+    loaded, processor = dyrate.load(model, device_map=device_map or None)
     shown = Settings(
         budget=min(budgets, key=lambda budget: abs(budget - SHOWN)), steps=steps, batch=batch, accumulate=accumulate,
         checkpointing=checkpointing, first_pruned_layer=first_pruned_layer, residency=residency, n_rates=n_rates, seed=seed,
@@ -161,12 +162,13 @@ def measure(
     for budget, training in trained.items():
         training.predictor.about |= {"model": model, "n_train": len(learn)}
         training.predictor.save_pretrained(ROOT / predictors / f"{residency}-{budget:g}")
+    test = prepare_examples(loaded, processor, four_rates, unseen, batch)
     about = describe(loaded)
     measured_on = (
-        f"`{model}` ({about['family']}, {about['parameters'] / 1e6:.1f} M parameters), {len(learn)} answers to train, "
-        f"{len(check)} to calibrate, {len(unseen)} unseen to test, residency {residency}, seed {seed}"
+        f"`{model}` ({about['family']}, {about['parameters'] / 1e6:.1f} M parameters), "
+        f"{len(learn)} answers to train{left_out(learn)}, {len(check)} to calibrate{left_out(check)}, "
+        f"{len(unseen)} unseen to test{left_out(unseen)}, residency {residency}, seed {seed}"
     )
-    test = prepare_examples(loaded, processor, four_rates, unseen, batch)
     generation = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     return Predictors(loaded, processor, unseen, test, shown, trained, four_rates, measured_on, generation)
 

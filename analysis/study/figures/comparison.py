@@ -38,7 +38,8 @@ def pareto(summary: pd.DataFrame, groups: dict[str, str]) -> Figure:
         rows = summary[summary.task == task]
         full = rows[rows.method == "Full"].iloc[0]
         axis.axhline(full.value, color="black", linewidth=0.9)
-        axis.axhspan(full.low, full.high, color="black", alpha=0.08, linewidth=0)
+        if full.n > 1:  # else the interval has no ends
+            axis.axhspan(full.low, full.high, color="black", alpha=0.08, linewidth=0)
         for method, line in rows[rows.method != "Full"].groupby("method", sort=False):
             line = line.sort_values("macs_share")
             error = np.stack([line.value - line.low, line.high - line.value])
