@@ -34,9 +34,9 @@ def load(name: str | Path = "pocket", *, revision: str | None = None, dtype=None
     """Load a vision-language model for inference: returns (model, processor).
 
     name: one of BUILT_IN ("pocket", a small LLaVA, and others), a folder in Hugging Face format, or a hub name, with "@revision"
-    if you like. revision: of a hub name; by default that of REVISIONS, else the newest, with a warning that says which it was. dtype:
-    default bfloat16 on a GPU, float32 on a CPU. device: default this process's GPU, else the CPU; device_map ("auto": over all
-    GPUs) is passed on to transformers instead. Nothing downloaded is executed.
+    if you like. revision: of a hub name; by default that of REVISIONS, else the newest, with a warning that says which it was.
+    dtype: default bfloat16 on a GPU, float32 on a CPU. device: default this process's GPU, else the CPU; device_map ("auto":
+    over all GPUs) is passed on to transformers instead. Nothing downloaded is executed.
 
     Raises FileNotFoundError (no such folder, or a hub checkpoint that is not at hand offline), ValueError (not a
     vision-language model, or a family that dyrate does not know) and ImportError (a processor that needs torchvision).

@@ -126,8 +126,10 @@ def masked_logits(
     """Logits of the answer, each step seeing the image tokens that its mask keeps."""
     bias = query_bias(masks.float(), prepared.positions, prepared.image, prepared.real, prepared.n_prompt)
     queries = torch.arange(prepared.n_prompt - 1, prepared.n_prompt - 1 + prepared.labels.shape[1], device=bias.device)
-    first = predictor.first_pruned_layer
-    return run_above(model, first, prepared.hidden, prepared.rotary, bias, queries, checkpointing)
+    first, hidden = predictor.first_pruned_layer, prepared.hidden
+    if bias.is_cuda and bias.requires_grad:  # the fused kernel's backward fails where the mask alone wants a gradient
+        hidden = hidden.detach().requires_grad_()
+    return run_above(model, first, hidden, prepared.rotary, bias, queries, checkpointing)
 
 
 @torch.no_grad()
