@@ -79,7 +79,7 @@ def _of_laboratory(source: str, n: int, tasks: Sequence[str], split: str, start:
     known = set(TASKS) - (set(HARD_TASKS) if source == "pocket" else set())
     if unknown := set(tasks) - known:
         raise ValueError(f"unknown {source} task {sorted(unknown)}; choose from {sorted(known)}")
-    drawn = seeds(split, 6 * n, start)  # more than n, for a scene without a word has nothing to read
+    drawn = seeds(split, 12 * n, start)  # more than n, for a scene without a word has nothing to read
     items = [example for task in tasks for example in islice(_of_scenes(drawn, task, source != "pocket"), n)]
     return Examples(items, source, split=split)
 

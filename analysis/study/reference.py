@@ -2,6 +2,7 @@
 
     python -m study.reference measure --model smol --n 100 --out build/reference/smol     # a GPU: minutes
     python -m study.reference score --from build/reference/smol --out data/results/smol   # needs Java, no model
+    python -m study.reference attention --model smol --out data/results/smol              # two cores: minutes
 
 A part is one question to the laboratory. Its rows are written when it is finished; batches are stored, so that an interrupted
 run goes on where it stopped.
@@ -23,6 +24,7 @@ import dyrate
 from dyrate.atomic import write_whole
 from dyrate.data import Examples
 from dyrate.models import describe
+from dyrate.recording import record_examples
 from dyrate.strategies import STRATEGIES
 from study.answers import Condition, answer_all
 from study.examples import TASKS, SceneExample, examples
@@ -97,6 +99,18 @@ def measure(model: str, n: int, out: Path, *, store: Path, names: Sequence[str] 
         write_whole(out / "about.json", json.dumps(record, indent=1) + "\n")
 
 
+def attention(model: str, n: int, out: Path, *, batch_size: int = 20) -> None:
+    """Record the attention of `n` unpruned descriptions, and write how its measures change over an answer, by layer."""
+    from study.chapters.attention import layer_trends, trends  # needs what draws pages
+
+    loaded, processor = dyrate.load(model, dtype=torch.float32)
+    recordings = record_examples(
+        loaded, processor, examples("laboratories", n, tasks=["description"]), max_new_tokens=100, batch_size=batch_size
+    )
+    changes = pd.concat([trends(recordings), layer_trends(recordings)], ignore_index=True)
+    write_whole(out / "reference_attention.csv", changes.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+
+
 def _asked(part: Part, n: int) -> Examples:
     asked = examples("laboratories", int(n * part.n), tasks=part.tasks)
     if part.other_picture:
@@ -133,15 +147,16 @@ def main(argv: list[str] | None = None) -> None:
     measuring.add_argument("--n", type=int, default=100, help="scenes a task")
     measuring.add_argument("--out", type=Path, required=True)
     measuring.add_argument("--store", type=Path, default=Path("build/answers"), help="finished batches")
-    measuring.add_argument("--parts", nargs="+", default=(), help="only these")
+    measuring.add_argument("--parts", dest="names", nargs="+", default=(), help="only these")
+    recording = verbs.add_parser("attention", help="where attention goes, without pruning")
+    recording.add_argument("--model", required=True)
+    recording.add_argument("--n", type=int, default=60, help="descriptions")
+    recording.add_argument("--out", type=Path, required=True)
     scoring = verbs.add_parser("score", help="score measured answers")
     scoring.add_argument("--from", dest="source", type=Path, required=True)
     scoring.add_argument("--out", type=Path, required=True)
     given = vars(parser.parse_args(argv))
-    if given.pop("verb") == "measure":
-        measure(given["model"], given["n"], given["out"], store=given["store"], names=given["parts"])
-    else:
-        score(**given)
+    {"measure": measure, "attention": attention, "score": score}[given.pop("verb")](**given)
 
 
 if __name__ == "__main__":
