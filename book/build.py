@@ -68,7 +68,8 @@ def write_pages(executed: list[Path], repository: str | None) -> Path:
             shutil.copy(picture, BOOK / "_assets" / "hero.png")
     (BOOK / "made.md").write_text(how_made(made) + not_run({page.stem for page in executed}))
     (BOOK / "_found.md").write_text(findings(made))
-    (BOOK / "_finding.md").write_text(f":::{{div}} finding\n{finding_of(made[0][2])}\n:::\n")
+    beside = "".join(f"\n{content['texts']['front_page']}\n" for _, _, content in made if "front_page" in content["texts"])
+    (BOOK / "_finding.md").write_text(f":::{{div}} finding\n{finding_of(made[0][2])}\n:::\n{beside}")
     (BOOK / "_hero.md").write_text(hero(made))
     (BOOK / "models.md").write_text(model_matrix.page())
     toc = BOOK / "_toc.generated.yml"

@@ -30,9 +30,11 @@ from study.answers import Condition, answer_all
 from study.examples import TASKS, SceneExample, examples
 from study.pocket.language import PROMPTS
 from study.pocket.scenes import compose, render
+from study.predictors import condition_of
 from study.scores import scored, slot_scores
 
 SCANNED = ("description", "qa_two_step", "qa_total", "qa_long_word")
+COMPARED = ("description", "backwards", "look_late", "qa_long_word", "qa_two_step")  # DyRate against constants
 SLOTS = ("object", "colour", "count", "place")
 RETENTIONS = (0.5, 0.25, 0.1)
 METHODS = (
@@ -111,6 +113,28 @@ def attention(model: str, n: int, out: Path, *, batch_size: int = 20) -> None:
     write_whole(out / "reference_attention.csv", changes.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
 
 
+def constants(model: str, n: int, predictors: Path, out: Path, *, store: Path, batch_size: int = 50) -> None:
+    """Trained predictors of a model, each beside the constant rate of its own measured mean retention, on the same prompts.
+
+    predictors: a folder of them. Each task has its constant, so that DyRate and its constant keep equally much of every task.
+    """
+    loaded, processor = dyrate.load(model, dtype=torch.float32)
+    asked = examples("laboratories", n, tasks=COMPARED)
+    settings = {"max_new_tokens": 100, "batch_size": batch_size}
+    trained = [condition_of(folder) for folder in sorted(predictors.glob("evict-*"))]
+    if not trained:
+        raise FileNotFoundError(f"no predictor in {predictors}: train some with `python analysis/train.py --model {model}`")
+    rows = [answer_all(loaded, processor, [Condition("Full", STRATEGIES["Full"](), "Full"), *trained], asked, store, **settings)]
+    dynamic = rows[0][rows[0].method == "DyRate"]
+    for (label, task, seed), mine in dynamic.groupby(["label", "task", "seed"]):
+        constant = STRATEGIES["Constant"](rate=1 - mine.retention.mean())
+        alike = Condition(f"constant as {label}", constant, "Constant", mine.budget.iloc[0], int(seed))
+        rows.append(answer_all(loaded, processor, [alike], examples("laboratories", n, tasks=[task]), store, **settings))
+    table = scored(pd.concat(rows, ignore_index=True), asked).drop(columns=["answer", "scene"])
+    path = out / "reference_constants.csv.gz"
+    write_whole(path, lambda path: table.to_csv(path, index=False, compression="gzip", float_format="%.6g"))
+
+
 def _asked(part: Part, n: int) -> Examples:
     asked = examples("laboratories", int(n * part.n), tasks=part.tasks)
     if part.other_picture:
@@ -152,11 +176,17 @@ def main(argv: list[str] | None = None) -> None:
     recording.add_argument("--model", required=True)
     recording.add_argument("--n", type=int, default=60, help="descriptions")
     recording.add_argument("--out", type=Path, required=True)
+    comparing = verbs.add_parser("constants", help="trained predictors, each beside the constant of its retention")
+    comparing.add_argument("--model", required=True)
+    comparing.add_argument("--predictors", type=Path, required=True, help="a folder of trained predictors")
+    comparing.add_argument("--n", type=int, default=100, help="scenes a task")
+    comparing.add_argument("--out", type=Path, required=True)
+    comparing.add_argument("--store", type=Path, default=Path("build/answers"))
     scoring = verbs.add_parser("score", help="score measured answers")
     scoring.add_argument("--from", dest="source", type=Path, required=True)
     scoring.add_argument("--out", type=Path, required=True)
     given = vars(parser.parse_args(argv))
-    {"measure": measure, "attention": attention, "score": score}[given.pop("verb")](**given)
+    {"measure": measure, "attention": attention, "constants": constants, "score": score}[given.pop("verb")](**given)
 
 
 if __name__ == "__main__":

@@ -263,6 +263,17 @@ def finding(laboratories: tuple[Laboratory, ...]) -> str:
     )
 
 
+def front_page(laboratories: tuple[Laboratory, ...]) -> str:
+    """What the front page says beside its findings: on which models they hold."""
+    changes = "; ".join(f"{lab.name} {_percent(attention(lab).loc['undiluted'])}" for lab in laboratories)
+    return (
+        "The chapters measure one small model unless they say otherwise; three others are asked the same in chapter 9. From the "
+        "first to the last third of a description, attention to the image changes, dilution by the growing answer set aside, by: "
+        f"{changes}. "
+        f"{confound(laboratories)}."
+    )
+
+
 def oracle(laboratories: tuple[Laboratory, ...]) -> str:
     """Where knowing the patches that show something helps, and what it says that it does not everywhere."""
     methods = against_random(laboratories)
@@ -297,6 +308,7 @@ def record(chapter: Chapter, laboratories: tuple[Laboratory, ...]) -> None:
         chapter.text(f"{key}_tasks", _tasks_said(lab.name, moving, easy, unable))
     chapter.text("laboratories_finding", finding(laboratories))
     chapter.text("laboratories_oracle", oracle(laboratories))
+    chapter.text("front_page", front_page(laboratories))
     early = methods[(methods.laboratory == laboratories[-1].name) & methods.published].sort_values("macs_share")
     shares = ", ".join(f"{row.method} {100 * row.macs_share:.0f} %" for row in early.itertuples())
     name = laboratories[-1].name
