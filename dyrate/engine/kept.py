@@ -100,13 +100,14 @@ class Rows(PerRow):
         held.kept, held.counts = kept, counts
         held.alive = alive if held.columns is None else alive.gather(1, held.columns)
 
-    def shrink(self, held: Held) -> Int[Tensor, "row n"]:
-        """Leave the slots that may not be seen; returns which stay, ascending.
-
-        Rows with fewer than others are filled up with slots that may not be seen.
-        """
+    def seen_slots(self, held: Held) -> Int[Tensor, "row n"]:
+        """The slots that may be seen, ascending. Rows with fewer than others are filled up with slots that may not be seen."""
         longest = max(self.n_alive(held.counts))
-        index = (~held.alive).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest].sort(1).values
+        return (~held.alive).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest].sort(1).values
+
+    def shrink(self, held: Held) -> Int[Tensor, "row n"]:
+        """Leave the slots that may not be seen; returns which stay, ascending."""
+        index = self.seen_slots(held)
         held.columns = index if held.columns is None else held.columns.gather(1, index)
         held.alive = held.alive.gather(1, index)
         return index

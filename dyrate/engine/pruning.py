@@ -18,11 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from dyrate.attention import LayerAttention
 from dyrate.data import Example
-from dyrate.engine.cache import PrunedLayer, check_cache_layer, check_layers
+from dyrate.engine.cache import ROOM, PrunedLayer, Slots, check_cache_layer, check_layers
 from dyrate.engine.deepstack import deepstack
 from dyrate.engine.kept import Held, Rows, take
 from dyrate.engine.masks import decode_mask, mask_form, prefill_mask
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from dyrate.strategy import Strategy
 
 _SPARE_SLOTS = 16  # evicted tokens are only masked until so many slots, or an eighth of all, can be freed at once
+_READ_SHARE = 1 / 3  # of the slots: gathering reads, writes and reads again what reading under a mask reads once
 
 
 @contextmanager
@@ -63,7 +64,7 @@ def prune(
     observed = sorted(strategy.observes(len(layers)))
     if stages and observed and observed[-1] >= max(1, stages[-1]):
         raise ValueError(f"{strategy}: layer {observed[-1]} is observed too late for a decision before layer {stages[-1]}")
-    run = _Pruning(model, strategy, stages, observed, processor, examples)
+    run = _Pruning(model, strategy, stages, observed, processor, examples, static)
     check_layers(model, run.stage_of)
     asked = stages if "own_attention" in strategy.needs else []
     with ExitStack() as stack:
@@ -100,7 +101,9 @@ class _Pruning:
     All that belongs to a row of the batch is in `rows`; the rest is of the whole batch.
     """
 
-    def __init__(self, model: PreTrainedModel, strategy: Strategy, stages: list[int], wanted: list[int], processor, examples):
+    def __init__(
+        self, model: PreTrainedModel, strategy: Strategy, stages: list[int], wanted: list[int], processor, examples, static: int
+    ):  # fmt: skip
         self.strategy, self.stages, self.wanted, self.examples = strategy, stages, wanted, examples
         self.rotary_of, self.norm = partial(rotary_at, model), model.get_decoder().norm
         self.system = None if processor is None else system_ids(processor)
@@ -115,12 +118,14 @@ class _Pruning:
         self.embedded: Tensor | None = None
         self.tower: Tower | None = None
         self.capturing = False
+        self.gathers = strategy.residency == "mask" and not static
+        self.read: Slots | None = None
         self.step = -1
 
     # -- the whole pass ------------------------------------------------------------------------------------------------
 
-    def begin(self, module, args, kwargs) -> None:
-        """Before each forward pass: a prefill starts a new trace, a decode step goes on."""
+    def begin(self, module, args, kwargs):
+        """Before each forward pass: a prefill starts a new trace with a cache of its own kind, a decode step goes on."""
         if kwargs.get("use_cache") is False:
             raise ValueError("pruning needs the KV cache: call generate without use_cache=False")
         ids = args[0] if args else kwargs.get("input_ids")
@@ -128,11 +133,9 @@ class _Pruning:
         cached = cache.get_seq_length() if cache is not None else 0
         if ids is None:
             raise ValueError("pass input_ids: inputs_embeds alone do not say which tokens are the image")
-        for i in self.stage_of:
-            if cache is not None and i < len(cache.layers):
-                check_cache_layer(cache.layers[i], i)
         if cached == 0:
             self._begin_prompt(ids, kwargs.get("attention_mask"))
+            kwargs["past_key_values"] = self._own(DynamicCache() if cache is None else cache)
         elif ids.shape[1] != 1 or self.step < 0:
             raise ValueError(
                 f"{ids.shape[1]} tokens follow a cache of {cached}: chunked prefill, assisted decoding and going on from a "
@@ -142,6 +145,7 @@ class _Pruning:
         self.stage = -1
         self.observed.clear()
         self.shares = {}
+        return args, kwargs
 
     def _begin_prompt(self, ids: Tensor, attention_mask: Tensor | None) -> None:
         real = torch.ones_like(ids) if attention_mask is None else attention_mask
@@ -187,36 +191,37 @@ class _Pruning:
 
     def enter(self, layer: int, module, args, kwargs):
         """Before each layer that may miss tokens: decide where a stage begins, then fit its inputs."""
-        hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        hidden = args[0] if args else kwargs["hidden_states"]
         stage, cache = self.stage_of[layer], kwargs["past_key_values"]
         held = self.rows.held[stage]
         self.stage = stage
-        if self.step == 0:
-            self._own(cache, layer)
-            if layer == stage:
+        if layer == stage:
+            if self.step == 0:
                 hidden = self._prefill(stage, held, module, hidden, kwargs)
-        elif layer == stage:
-            if self.strategy.each_step:
-                self._decode(stage, held, cache)
-            if held.alive is not None:
-                n_keys = cache.layers[stage].keys.shape[2] + 1
-                self.mask = None if self.rows.whole(held) else decode_mask(self.form, held.alive, n_keys, hidden)
-            self.rotary = self._moved_up(held, hidden)
-        if held.alive is not None:
-            kwargs["attention_mask"] = None if self.mask is None else self.mask.to(hidden.device)
-            kwargs["position_ids"] = None
-            if self.rotary is not None:
-                kwargs["position_embeddings"] = tuple(x.to(hidden.device) for x in self.rotary)
-        return (hidden, *rest), kwargs
+            else:
+                self._decode(stage, held, hidden, cache)
+        if held.alive is None:
+            return None
+        observed = layer in self.wanted  # whoever observes a layer looks for all its keys
+        cache.layers[layer].read = None if observed else self.read
+        mask = self.mask if observed or self.read is None else self.read_mask
+        kwargs |= {"attention_mask": None if mask is None else mask.to(hidden.device), "position_ids": None}
+        if self.rotary is not None:
+            kwargs["position_embeddings"] = tuple(x.to(hidden.device) for x in self.rotary)
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": hidden}
 
-    def _own(self, cache, layer: int) -> None:
-        """Put a layer into the cache that may hold fewer tokens; the first one moves the rows."""
-        if cache is None:
-            raise ValueError("pruning needs the KV cache: leave use_cache on")
-        while len(cache.layers) <= layer:  # a cache made without a configuration grows as it is filled
+    def _own(self, cache):
+        """Put layers into an empty cache that may hold fewer tokens than were seen; one of them moves the rows."""
+        while len(cache.layers) < self.n_layers:  # a cache made without a configuration grows as it is filled
             cache.layers.append(DynamicLayer())
-        check_cache_layer(cache.layers[layer], layer)
-        cache.layers[layer] = PrunedLayer(self.rows.take if layer == self.stages[0] else None)
+        for i, layer in enumerate(cache.layers):
+            if i in self.stage_of:
+                check_cache_layer(layer, i)
+            if type(layer) in (DynamicLayer, PrunedLayer):
+                cache.layers[i] = PrunedLayer(self.rows.take if i == min(self.stages, default=-1) else None)
+        return cache
 
     def _prefill(self, stage: int, held: Held, module: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
         """Decide, and take the tokens that stay out of the hidden states."""
@@ -252,19 +257,34 @@ class _Pruning:
         self.mask = prefill_mask(self.form, held.alive, hidden) if needed else None
         return hidden
 
-    def _decode(self, stage: int, held: Held, cache) -> None:
-        """Decide, mark what is dropped, and free its memory when enough has gathered."""
-        kept, counts = self._choose(self._seen(stage, held), held)
-        if kept is held.kept:
-            return
-        self.rows.see_only(held, kept, counts)
-        if self.strategy.residency == "mask":
+    def _decode(self, stage: int, held: Held, hidden: Tensor, cache) -> None:
+        """Decide, and say what the layers of this stage attend to."""
+        if self.strategy.each_step:
+            kept, counts = self._choose(self._seen(stage, held), held)
+            if kept is not held.kept:
+                self.rows.see_only(held, kept, counts)
+                if self.strategy.residency == "evict":
+                    self._free(stage, held, cache)
+        if held.alive is None:
             return
         slots = held.alive.shape[1]
-        if slots - max(self.rows.n_alive(counts)) >= max(_SPARE_SLOTS, slots // 8):
-            index = self.rows.shrink(held)
-            for layer in (i for i, first in self.stage_of.items() if first == stage):
-                cache.layers[layer].compact(index, slots)
+        self.mask = None if self.rows.whole(held) else decode_mask(self.form, held.alive, slots + self.step, hidden)
+        self.rotary, self.read = self._moved_up(held, hidden), None
+        if self.gathers and max(seen := self.rows.n_alive(held.counts)) <= _READ_SHARE * slots:
+            index = self.rows.seen_slots(held)
+            self.read = Slots(index, slots, self.step)
+            ragged = len(set(seen)) > 1
+            alive = held.alive.gather(1, index)
+            self.read_mask = decode_mask(self.form, alive, index.shape[1] + self.step, hidden) if ragged else None
+
+    def _free(self, stage: int, held: Held, cache) -> None:
+        """Free the memory of what is not seen, when enough has gathered."""
+        slots = held.alive.shape[1]
+        if slots - max(self.rows.n_alive(held.counts)) < max(_SPARE_SLOTS, slots // 8):
+            return
+        staying = Slots(self.rows.shrink(held), slots, self.step - 1, ROOM)
+        for layer in (i for i, first in self.stage_of.items() if first == stage):
+            cache.layers[layer].compact(staying)
 
     def _moved_up(self, held: Held, hidden: Tensor) -> tuple[Tensor, ...] | None:
         """Rotary embeddings of the new token where the prompt was renumbered; None where the model's own are right."""
