@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 
 import pandas as pd
 import pytest
@@ -103,7 +104,7 @@ def test_what_does_not_fit_is_a_row_that_says_so(small, monkeypatch):
     monkeypatch.setattr(table3, "timed", no_room)
     (row, _) = table3.measure(small, SMALL, machine, full, GRID, memory=10**12)
     assert row["status"] == "out of memory"
-    assert not table3.headlines([row])
+    assert not table3.headlines([row], SMALL.layers)
 
 
 def test_the_chapter_shows_gpus_and_says_where_there_is_none(tmp_path):
@@ -153,6 +154,20 @@ def test_a_real_shape_made_tiny_runs_anywhere(monkeypatch, capsys):
     assert re.search(r"decode_b64_r90_realised +bar 0.75: not measured", printed)
 
 
+def test_the_quick_table_measures_what_the_bars_need_and_nothing_else():
+    measured = table3.cases(LLAVA_7B, table3.QUICK)
+    rows = [
+        asdict(case) | {"prefill_seconds": [seconds] * 2, "decode_seconds": [seconds] * 2}
+        | ({"deciding_share": {"value": 0.1}} if case.method == "DyRate" else {})
+        for case in measured for seconds in [{"Full": 10.0, "native": 0.0}.get(case.method, 7.0)]
+    ]  # fmt: skip
+    found = table3.headlines(rows, 4)
+    assert set(table3.TABLE3_BARS) <= set(found) and found["prefill_realised_r50"]["value"] == pytest.approx(0.6)
+    for i in range(len(rows)):  # each is needed
+        fewer = table3.headlines([row for row in rows if row is not rows[i]], 4)
+        assert len(fewer) < len(found)
+
+
 def test_roofline_and_saving_by_hand():
     machine = Machine("any", macs_per_second=10.0, bytes_per_second=100.0, seconds_per_layer=0.0)
     assert machine.seconds(macs=5, n_bytes=200) == 2
@@ -160,6 +175,8 @@ def test_roofline_and_saving_by_hand():
     tokens, fast = [600] * LLAVA_7B.layers, Machine("any", 1e30, 1e12, 0.0)
     assert fast.step_seconds(LLAVA_7B, tokens, 4) == read_bytes(LLAVA_7B, tokens, 2, 4) / 1e12
     assert results.realised([10.0] * 3, [6.0] * 3, [5.0] * 3)["value"] == pytest.approx(0.8)
+    # two of four layers lie in both: the ideal is 7.5, not 5
+    assert results.realised([10.0] * 3, [8.0] * 3, [5.0] * 3, 0.5)["value"] == pytest.approx(0.8)
     assert results.ratio([10.0] * 3, [5.0] * 3) == {"value": 2, "low": 2, "high": 2, "n": 3}
 
 

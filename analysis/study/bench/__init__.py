@@ -5,6 +5,6 @@
     python -m study.bench observe                       # every layer observed: time and memory
     python -m study.bench memory                        # what 7B and 13B need, computed
 
-The limit is the same model fed, natively, only as many tokens as a strategy keeps; `realised` is (plain - strategy) /
-(plain - limit).
+The limit is the same model fed, natively, only as many tokens as a strategy keeps; the ideal is that model with the layers
+before the first pruned one as they were. `realised` is (plain - strategy) / (plain - ideal).
 """

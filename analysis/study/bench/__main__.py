@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=study.bench.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("prune", "observe", "memory"))
     parser.add_argument("--shape", choices=SHAPES, help="measure the paper's Table III with these sizes")
-    parser.add_argument("--quick", action="store_true", help="with --shape: only one image, batch 1 and 64, 64 tokens")
+    parser.add_argument("--quick", action="store_true", help="with --shape: only what the bars need, a minute on an H100")
     parser.add_argument("--layers", type=int, help="default: 32 for prune, as LLaVA-1.5-7B has; 8 for observe")
     parser.add_argument("--width", type=int, help="default: 256 for prune, 512 for observe")
     for name, value in COMMON.items():

@@ -29,10 +29,12 @@ LABELS = {
     "prefill_realised_r90": "prefill, R = .9",
     "decode_b8_r90_realised": "decode, batch 8, R = .9",
     "decode_b64_r90_realised": "decode, batch 64, R = .9",
+    "decode_b64_dyrate_realised": "decode, batch 64, DyRate at a forced rate",
     "decode_b8_r90_each_step_realised": "the same, a new rate each step",
     "decode_b8_dyrate_realised": "decode, batch 8, DyRate at a forced rate",
     "decode_b8_r90_mask_realised": "decode, batch 8, R = .9, masked",
     "deciding_share": "deciding / decode step (time)",
+    "pocket_step_over_plain": "a step at batch 1 / plain, pocket LLaVA (time)",
 }
 COMMAND = "python -m study.bench prune --shape llava-1.5-7b --out data/results/<gpu>/bench.json"
 
