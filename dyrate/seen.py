@@ -71,8 +71,8 @@ class Seen:
     @cached_property
     def shares(self) -> Float[Tensor, "batch head 4"]:
         """The newest query's attention to system, image, instruction and response tokens: the predictor's features."""
-        kind = self.segments.kind if self.columns is None else self.segments.kind.gather(1, self.columns)
-        return segment_shares(self._before.newest, Segments(kind))
+        held = self.segments if self.columns is None else Segments(self.segments.kind.gather(1, self.columns))
+        return segment_shares(self._before.newest, held)
 
     def shares_in(self, layer: int) -> Float[Tensor, "batch head 4"]:
         """The same shares in another observed layer, before the first pruned one."""

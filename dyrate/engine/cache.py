@@ -61,32 +61,45 @@ class PrunedLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError("a pruned cache cannot be cropped: assisted decoding is not supported with a strategy")
 
-    def compact(self, staying: Slots) -> None:
-        """Free the memory of all other slots."""
-        self.evicted += self.keys.shape[2] - staying.length
-        self.keys, self.values = (staying.of(x)[:, :, : staying.length] for x in (self.keys, self.values))
+    def compact(self, source: Slots, target: Slots, length: int) -> None:
+        """Copy what is in the slots `source` to `target`, and leave all but the first `length`."""
+        self.evicted += self.keys.shape[2] - length
+        self.keys, self.values = (_freed(target.put(x, source.of(x)), length) for x in (self.keys, self.values))
 
 
 class Slots:
-    """Some slots of each row, to be taken out of the keys and values of layers that hold the same tokens.
+    """Some slots of each row, to be read or written in the keys and values of layers that hold the same tokens."""
 
-    index: those of the `prompt` slots; after them come all that follow, and `spare` slots of any content.
-    """
+    def __init__(self, index: Int[Tensor, "row n"]):
+        self.index = index
+        self.flat: tuple[tuple, Tensor] = ((), index)  # for buffers of one shape: those of all these layers
 
-    def __init__(self, index: Int[Tensor, "row n"], prompt: int, following: int, spare: int = 0):
-        self.length = index.shape[1] + following
-        rest = torch.arange(prompt, prompt + following + spare, device=index.device).clamp(max=prompt + following - 1)
-        self.index = torch.cat([index, rest.expand(len(index), -1)], 1)
-        self.flat: tuple[tuple, Tensor] = ((), index)
-
-    def of(self, x: Tensor) -> Tensor:
-        """(row, head, slot, dim) of x, whole vectors: far faster than gather with an expanded index."""
+    def of(self, x: Float[Tensor, "row head slot dim"]) -> Float[Tensor, "row head n dim"]:
+        """What is in them. Whole vectors are taken: far faster than gather with an expanded index."""
         rows, heads, _, dim = x.shape
         buffer = _buffer(x)
-        if self.flat[0] != (like := (x.device, rows, heads, buffer.shape[2])):
-            begins = buffer.shape[2] * torch.arange(rows * heads, device=x.device).view(rows, heads, 1)
-            self.flat = like, (self.index.to(x.device)[:, None] + begins).flatten()
-        return buffer.view(-1, dim).index_select(0, self.flat[1]).view(rows, heads, -1, dim)
+        return buffer.view(-1, dim).index_select(0, self._in(buffer)).view(rows, heads, -1, dim)
+
+    def put(self, x: Float[Tensor, "row head slot dim"], new: Float[Tensor, "row head n dim"]) -> Tensor:
+        """x with `new` in them, in place unless gradients flow."""
+        buffer = _buffer(x)
+        flat = buffer.view(-1, x.shape[-1])
+        write = flat.index_copy if x.requires_grad else flat.index_copy_
+        return write(0, self._in(buffer), new.reshape(-1, x.shape[-1])).view(buffer.shape)
+
+    def _in(self, buffer: Tensor) -> Int[Tensor, " row*head*n"]:
+        rows, heads, slots, _ = buffer.shape
+        if self.flat[0] != (like := (buffer.device, rows, heads, slots)):
+            begins = slots * torch.arange(rows * heads, device=buffer.device).view(rows, heads, 1)
+            self.flat = like, (self.index.to(buffer.device)[:, None] + begins).flatten()
+        return self.flat[1]
+
+
+def _freed(buffer: Tensor, length: int) -> Tensor:
+    """The first `length` slots, in a smaller buffer when a quarter of this one is of no use any more."""
+    if buffer.shape[2] - ROOM - length >= buffer.shape[2] // 4:
+        buffer = F.pad(buffer[:, :, :length], (0, 0, 0, ROOM))
+    return buffer[:, :, :length]
 
 
 def _buffer(x: Float[Tensor, "row head slot dim"]) -> Tensor:

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from dyrate.attention import LayerAttention
 from dyrate.data import Example
-from dyrate.engine.cache import ROOM, PrunedLayer, Slots, check_cache_layer, check_layers
+from dyrate.engine.cache import PrunedLayer, Slots, check_cache_layer, check_layers
 from dyrate.engine.deepstack import deepstack
 from dyrate.engine.kept import Held, Rows, take
 from dyrate.engine.masks import decode_mask, mask_form, prefill_mask
@@ -37,7 +37,7 @@ from dyrate.trace import Stage, Step, Trace
 if TYPE_CHECKING:
     from dyrate.strategy import Strategy
 
-_SPARE_SLOTS = 16  # evicted tokens are only masked until so many slots, or an eighth of all, can be freed at once
+_SPARE_SLOTS = 16  # evicted tokens are only masked until so many slots can be freed at once
 _READ_SHARE = 1 / 3  # of the slots: gathering reads, writes and reads again what reading under a mask reads once
 
 
@@ -272,19 +272,24 @@ class _Pruning:
         self.rotary, self.read = self._moved_up(held, hidden), None
         if self.gathers and max(seen := self.rows.n_alive(held.counts)) <= _READ_SHARE * slots:
             index = self.rows.seen_slots(held)
-            self.read = Slots(index, slots, self.step)
+            answer = torch.arange(slots, slots + self.step, device=index.device)
+            self.read = Slots(torch.cat([index, answer.expand(len(index), -1)], 1))
             ragged = len(set(seen)) > 1
             alive = held.alive.gather(1, index)
             self.read_mask = decode_mask(self.form, alive, index.shape[1] + self.step, hidden) if ragged else None
 
     def _free(self, stage: int, held: Held, cache) -> None:
-        """Free the memory of what is not seen, when enough has gathered."""
-        slots = held.alive.shape[1]
-        if slots - max(self.rows.n_alive(held.counts)) < max(_SPARE_SLOTS, slots // 8):
+        """Let other tokens take the place of those that are not seen, when enough of these have gathered."""
+        slots, left = held.alive.shape[1], max(self.rows.n_alive(held.counts))
+        if slots - left < _SPARE_SLOTS:
             return
-        staying = Slots(self.rows.shrink(held), slots, self.step - 1, ROOM)
+        moves, answer = self.rows.close_up(held), torch.arange(self.step - 1, device=held.alive.device)
+        source, target = (
+            Slots(torch.cat([index, (first + answer).expand(len(index), -1)], 1))
+            for index, first in zip(moves, (slots, left), strict=True)
+        )
         for layer in (i for i, first in self.stage_of.items() if first == stage):
-            cache.layers[layer].compact(staying)
+            cache.layers[layer].compact(source, target, left + self.step - 1)
 
     def _moved_up(self, held: Held, hidden: Tensor) -> tuple[Tensor, ...] | None:
         """Rotary embeddings of the new token where the prompt was renumbered; None where the model's own are right."""

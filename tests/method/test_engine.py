@@ -10,7 +10,8 @@ from transformers import AttentionInterface
 
 import dyrate
 import families
-from dyrate.engine import decoder_layers, pruning
+from dyrate.engine import cache, decoder_layers, pruning
+from dyrate.engine.cache import Slots
 from dyrate.engine.kept import PerRow, Rows
 from laws import (
     DECODINGS,
@@ -152,8 +153,8 @@ class WithOneMore(Rows):
     @classmethod
     def of_prompt(cls, *given):
         found = super().of_prompt(*given)
-        found.number = torch.arange(len(found.kind))
-        found.name = [f"row {i}" for i in range(len(found.kind))]
+        found.number = torch.arange(len(found.real))
+        found.name = [f"row {i}" for i in range(len(found.real))]
         return found
 
 
@@ -211,6 +212,50 @@ def test_freed_memory_changes_nothing(strategy, decoding):
         row = out.beam_indices[:, step].long() if decoding == "beam-3" else torch.arange(2)
         assert (out.logits[step][row] - slow.logits[:, step]).abs().max() < 1e-4
     assert trace.steps[-1].kv_bytes[-1] // len(trace.n_image) < full_bytes(model, inputs) // 2
+
+
+RESELECTING = [dyrate.Constant(rate=0.8, residency="mask"), dyrate.DyCoke(rate=0.8), dyrate.DepthPrune(residency="mask")]
+
+
+@pytest.mark.parametrize("strategy", RESELECTING, ids=repr)
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_reading_only_the_selected_keys_changes_nothing(monkeypatch, strategy, decoding):
+    """In rows of unequal length; of DepthPrune's layers all but the last are observed, and so read whole."""
+    model, inputs = long_images(8)
+    taken, real = [], Slots.of
+    monkeypatch.setattr(Slots, "of", lambda self, x: taken.append(x.shape[2]) or real(self, x))
+    with strategy(model):
+        out = generate(model, inputs, **DECODINGS[decoding])
+    assert len(taken) >= 2 * (STEPS - 1)  # keys and values, in one layer at least
+    slow = masked(model, inputs, out.sequences[:, inputs["input_ids"].shape[1] :], strategy, IMAGE)
+    for step in range(STEPS):
+        row = out.beam_indices[:, step].long() if decoding == "beam-3" else torch.arange(2)
+        assert (out.logits[step][row] - slow.logits[:, step]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("strategy", [dyrate.Full(), dyrate.LinearAnneal(start=0.1, end=1.0, steps=8)], ids=repr)
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_buffers_that_are_full_are_made_anew(monkeypatch, strategy, decoding):
+    model, inputs = long_images(8)
+    with strategy(model):
+        roomy = generate(model, inputs, 12, **DECODINGS[decoding])
+    monkeypatch.setattr(cache, "ROOM", 2)
+    with strategy(model):
+        out = generate(model, inputs, 12, **DECODINGS[decoding])
+    assert torch.equal(out.sequences, roomy.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(out.logits, roomy.logits, strict=True))
+
+
+def test_buffers_shrink():
+    """What is evicted leaves memory, not only the view that attention reads."""
+    model, inputs = long_images(24)
+
+    def stored(strategy):
+        with strategy(model):
+            out = generate(model, inputs)
+        return out.past_key_values.layers[-1].keys.untyped_storage().nbytes()
+
+    assert stored(dyrate.MeanTrajectory(rates=(0.0, 0.3, 0.6, 0.9))) < 0.25 * stored(dyrate.Full())
 
 
 def full_bytes(model, inputs):
