@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -132,10 +132,20 @@ def check_layers(model: PreTrainedModel, pruned: Iterable[int]) -> None:
         )
 
 
-def check_cache_layer(layer, index: int) -> None:
-    """Raises ValueError for a kind of cache that cannot be pruned."""
-    if type(layer) not in (DynamicLayer, PrunedLayer):
-        raise ValueError(
-            f"layer {index} keeps its keys in a {type(layer).__name__}, which cannot be pruned: generate with the default "
-            'cache (no cache_implementation="static", no quantized or sliding-window cache)'
-        )
+def own_layers(cache, n_layers: int, pruned: Sequence[int] = (), take_rows: Callable[[Tensor], None] | None = None):
+    """The empty cache, with layers that add in place and may miss tokens; the first of those that will moves the rows.
+
+    Raises ValueError for a kind of cache that cannot be pruned.
+    """
+    while len(cache.layers) < n_layers:  # a cache made without a configuration grows as it is filled
+        cache.layers.append(DynamicLayer())
+    for i in pruned:
+        if type(cache.layers[i]) not in (DynamicLayer, PrunedLayer):
+            raise ValueError(
+                f"layer {i} keeps its keys in a {type(cache.layers[i]).__name__}, which cannot be pruned: generate with the "
+                'default cache (no cache_implementation="static", no quantized or sliding-window cache)'
+            )
+    for i, layer in enumerate(cache.layers):
+        if type(layer) in (DynamicLayer, PrunedLayer):
+            cache.layers[i] = PrunedLayer(take_rows if i in pruned[:1] else None)
+    return cache

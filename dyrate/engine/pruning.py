@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers import DynamicCache, PreTrainedModel
 
 from dyrate.attention import LayerAttention
 from dyrate.data import Example
-from dyrate.engine.cache import PrunedLayer, Slots, check_cache_layer, check_layers
+from dyrate.engine.cache import Slots, check_layers, own_layers
 from dyrate.engine.deepstack import deepstack
 from dyrate.engine.kept import Held, Rows, take
 from dyrate.engine.masks import decode_mask, mask_form, prefill_mask
@@ -135,7 +134,8 @@ class _Pruning:
             raise ValueError("pass input_ids: inputs_embeds alone do not say which tokens are the image")
         if cached == 0:
             self._begin_prompt(ids, kwargs.get("attention_mask"))
-            kwargs["past_key_values"] = self._own(DynamicCache() if cache is None else cache)
+            cache = DynamicCache() if cache is None else cache
+            kwargs["past_key_values"] = own_layers(cache, self.n_layers, sorted(self.stage_of), self.rows.take)
         elif ids.shape[1] != 1 or self.step < 0:
             raise ValueError(
                 f"{ids.shape[1]} tokens follow a cache of {cached}: chunked prefill, assisted decoding and going on from a "
@@ -211,17 +211,6 @@ class _Pruning:
         if args:
             return (hidden, *args[1:]), kwargs
         return args, kwargs | {"hidden_states": hidden}
-
-    def _own(self, cache):
-        """Put layers into an empty cache that may hold fewer tokens than were seen; one of them moves the rows."""
-        while len(cache.layers) < self.n_layers:  # a cache made without a configuration grows as it is filled
-            cache.layers.append(DynamicLayer())
-        for i, layer in enumerate(cache.layers):
-            if i in self.stage_of:
-                check_cache_layer(layer, i)
-            if type(layer) in (DynamicLayer, PrunedLayer):
-                cache.layers[i] = PrunedLayer(self.rows.take if i == min(self.stages, default=-1) else None)
-        return cache
 
     def _prefill(self, stage: int, held: Held, module: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
         """Decide, and take the tokens that stay out of the hidden states."""
@@ -310,7 +299,7 @@ class _Pruning:
         candidates = rows.image if self.strategy.residency == "mask" else held.kept
         seen = Seen(
             self.step, stage, self.n_layers, rows.image, candidates, rows.positions, rows.segments, self.observed,
-            self._before(stage).columns, self.examples,
+            self._before(stage).columns, self.examples, held=held.kept,
         )  # fmt: skip
         if hidden is not None:
             row = torch.arange(len(hidden), device=hidden.device)[:, None]
