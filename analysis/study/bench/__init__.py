@@ -2,6 +2,7 @@
 
     python -m study.bench prune                         # 576 image tokens on any machine, against bars
     python -m study.bench prune --shape llava-1.5-7b    # the paper's Table III on a GPU; no GPU has run it yet
+    python -m study.bench growth                        # how cost grows with image tokens, batch and answer
     python -m study.bench observe                       # every layer observed: time and memory
     python -m study.bench memory                        # what 7B and 13B need, computed
 
