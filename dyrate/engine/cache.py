@@ -61,14 +61,14 @@ class PrunedLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError("a pruned cache cannot be cropped: assisted decoding is not supported with a strategy")
 
-    def compact(self, source: Slots, target: Slots, length: int) -> None:
-        """Copy what is in the slots `source` to `target`, and leave all but the first `length`."""
+    def compact(self, staying: Slots, length: int) -> None:
+        """Keep these slots, the first `length` of them in use, and free the memory of the others."""
         self.evicted += self.keys.shape[2] - length
-        self.keys, self.values = (_freed(target.put(x, source.of(x)), length) for x in (self.keys, self.values))
+        self.keys, self.values = (staying.of(x)[:, :, :length] for x in (self.keys, self.values))
 
 
 class Slots:
-    """Some slots of each row, to be read or written in the keys and values of layers that hold the same tokens."""
+    """Some slots of each row, to be taken out of the keys and values of layers that hold the same tokens."""
 
     def __init__(self, index: Int[Tensor, "row n"]):
         self.index = index
@@ -78,28 +78,10 @@ class Slots:
         """What is in them. Whole vectors are taken: far faster than gather with an expanded index."""
         rows, heads, _, dim = x.shape
         buffer = _buffer(x)
-        return buffer.view(-1, dim).index_select(0, self._in(buffer)).view(rows, heads, -1, dim)
-
-    def put(self, x: Float[Tensor, "row head slot dim"], new: Float[Tensor, "row head n dim"]) -> Tensor:
-        """x with `new` in them, in place unless gradients flow."""
-        buffer = _buffer(x)
-        flat = buffer.view(-1, x.shape[-1])
-        write = flat.index_copy if x.requires_grad else flat.index_copy_
-        return write(0, self._in(buffer), new.reshape(-1, x.shape[-1])).view(buffer.shape)
-
-    def _in(self, buffer: Tensor) -> Int[Tensor, " row*head*n"]:
-        rows, heads, slots, _ = buffer.shape
-        if self.flat[0] != (like := (buffer.device, rows, heads, slots)):
-            begins = slots * torch.arange(rows * heads, device=buffer.device).view(rows, heads, 1)
-            self.flat = like, (self.index.to(buffer.device)[:, None] + begins).flatten()
-        return self.flat[1]
-
-
-def _freed(buffer: Tensor, length: int) -> Tensor:
-    """The first `length` slots, in a smaller buffer when a quarter of this one is of no use any more."""
-    if buffer.shape[2] - ROOM - length >= buffer.shape[2] // 4:
-        buffer = F.pad(buffer[:, :, :length], (0, 0, 0, ROOM))
-    return buffer[:, :, :length]
+        if self.flat[0] != (like := (x.device, rows, heads, buffer.shape[2])):
+            begins = buffer.shape[2] * torch.arange(rows * heads, device=x.device).view(rows, heads, 1)
+            self.flat = like, (self.index.to(x.device)[:, None] + begins).flatten()
+        return buffer.view(-1, dim).index_select(0, self.flat[1]).view(rows, heads, -1, dim)
 
 
 def _buffer(x: Float[Tensor, "row head slot dim"]) -> Tensor:

@@ -46,7 +46,7 @@ class Held(PerRow):
     """The tokens that a run of layers holds.
 
     kept (row, image_token) and counts (row): the image tokens still there. columns (row, slot): the prompt position of each
-    cached slot; None while all are there. alive (row, slot): which slots may be seen; None while the model's own
+    cached slot, ascending; None while all are there. alive (row, slot): which slots may be seen; None while the model's own
     mask is right. shift (row): by how many positions what follows the prompt was moved up, where the prefill renumbered.
     """
 
@@ -109,24 +109,6 @@ class Rows(PerRow):
         held.columns = index if held.columns is None else held.columns.gather(1, index)
         held.alive = held.alive.gather(1, index)
         return index
-
-    def close_up(self, held: Held) -> tuple[Int[Tensor, "row move"], Int[Tensor, "row move"]]:
-        """Leave as many slots as `shrink`, the first ones: the last seen slots take the place of those that may not be seen.
-
-        Returns which slots go where. Rows with fewer moves than others repeat their first, or move a slot to itself.
-        """
-        slots, longest = held.alive.shape[1], max(self.n_alive(held.counts))
-        head, tail = held.alive[:, :longest], held.alive[:, longest:]
-        moves = min(longest, slots - longest)
-        target = head.to(torch.uint8).argsort(dim=1, stable=True)[:, :moves]
-        source = longest + (~tail).to(torch.uint8).argsort(dim=1, stable=True)[:, :moves]
-        n = tail.sum(1, keepdim=True)
-        needed = torch.arange(moves, device=n.device) < n
-        source = source.where(needed, source[:, :1].where(n > 0, target[:, :1]))
-        target = target.where(needed, target[:, :1])
-        columns = torch.arange(slots, device=n.device).expand_as(held.alive) if held.columns is None else held.columns
-        held.columns, held.alive = (x.scatter(1, target, x.gather(1, source))[:, :longest] for x in (columns, held.alive))
-        return source, target
 
 
 def take(x: Tensor, index: Int[Tensor, "batch n"]) -> Tensor:

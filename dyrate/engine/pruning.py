@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
 from dyrate.attention import LayerAttention
 from dyrate.data import Example
-from dyrate.engine.cache import Slots, check_layers, own_layers
+from dyrate.engine.cache import ROOM, Slots, check_layers, own_layers
 from dyrate.engine.deepstack import deepstack
 from dyrate.engine.kept import Held, Rows, take
 from dyrate.engine.masks import decode_mask, mask_form, prefill_mask
@@ -36,7 +37,7 @@ from dyrate.trace import Stage, Step, Trace
 if TYPE_CHECKING:
     from dyrate.strategy import Strategy
 
-_SPARE_SLOTS = 16  # evicted tokens are only masked until so many slots can be freed at once
+_COPY = 2  # a slot is read and written, for what one step reads
 _READ_SHARE = 1 / 3  # of the slots: gathering reads, writes and reads again what reading under a mask reads once
 
 
@@ -153,7 +154,7 @@ class _Pruning:
             raise ValueError('a prompt ends in padding: pad on the left (processor.tokenizer.padding_side = "left")')
         segments = find_segments(ids, self.image_token_id, real, self.system)
         self.rows = Rows.of_prompt(segments, real, self.stages)
-        self.step = -1
+        self.step, self.wasted = -1, dict.fromkeys(self.stages, 0)
         self.trace.n_image, self.trace.steps = list(self.rows.n_image), []
         self.trace.n_instruction = segments.mask("instruction").sum(1).tolist()
         self.projections.clear()
@@ -252,33 +253,34 @@ class _Pruning:
             kept, counts = self._choose(self._seen(stage, held), held)
             if kept is not held.kept:
                 self.rows.see_only(held, kept, counts)
-                if self.strategy.residency == "evict":
-                    self._free(stage, held, cache)
         if held.alive is None:
             return
+        if self.strategy.residency == "evict":
+            self._free(stage, held, cache)
         slots = held.alive.shape[1]
         self.mask = None if self.rows.whole(held) else decode_mask(self.form, held.alive, slots + self.step, hidden)
         self.rotary, self.read = self._moved_up(held, hidden), None
         if self.gathers and max(seen := self.rows.n_alive(held.counts)) <= _READ_SHARE * slots:
             index = self.rows.seen_slots(held)
-            answer = torch.arange(slots, slots + self.step, device=index.device)
-            self.read = Slots(torch.cat([index, answer.expand(len(index), -1)], 1))
-            ragged = len(set(seen)) > 1
-            alive = held.alive.gather(1, index)
+            self.read = Slots(self._and_answer(index, slots, self.step))
+            ragged, alive = len(set(seen)) > 1, held.alive.gather(1, index)
             self.read_mask = decode_mask(self.form, alive, index.shape[1] + self.step, hidden) if ragged else None
 
     def _free(self, stage: int, held: Held, cache) -> None:
-        """Let other tokens take the place of those that are not seen, when enough of these have gathered."""
+        """Free the memory of what is not seen, when reading past it has cost as much as copying what stays."""
         slots, left = held.alive.shape[1], max(self.rows.n_alive(held.counts))
-        if slots - left < _SPARE_SLOTS:
+        self.wasted[stage] += slots - left
+        if slots == left or self.wasted[stage] < _COPY * left:
             return
-        moves, answer = self.rows.close_up(held), torch.arange(self.step - 1, device=held.alive.device)
-        source, target = (
-            Slots(torch.cat([index, (first + answer).expand(len(index), -1)], 1))
-            for index, first in zip(moves, (slots, left), strict=True)
-        )
+        self.wasted[stage] = 0
+        index = self._and_answer(self.rows.shrink(held), slots, self.step - 1)
+        staying, length = Slots(F.pad(index, (0, ROOM))), index.shape[1]  # the room behind may hold anything
         for layer in (i for i, first in self.stage_of.items() if first == stage):
-            cache.layers[layer].compact(source, target, left + self.step - 1)
+            cache.layers[layer].compact(staying, length)
+
+    def _and_answer(self, index: Tensor, slots: int, tokens: int) -> Tensor:
+        """These of the prompt's `slots`, and those of as many tokens of the answer behind them."""
+        return torch.cat([index, torch.arange(slots, slots + tokens, device=index.device).expand(len(index), -1)], 1)
 
     def _moved_up(self, held: Held, hidden: Tensor) -> tuple[Tensor, ...] | None:
         """Rotary embeddings of the new token where the prompt was renumbered; None where the model's own are right."""

@@ -156,7 +156,7 @@ def profile_sentence(measured: dict) -> str:
         "copies, nearly all of them of the cache, which transformers copies whole to add one token. The engine adds in place, by "
         f"which alone, with every token kept, a step takes {in_place['value']:.2f} of plain's time. With DyRate "
         f"{100 * pruned['linear layers'] / left:.0f} % are linear layers, {100 * pruned['attention'] / left:.0f} % attention, "
-        f"{100 * pruned['copies'] / left:.0f} % copies (the last tokens overwrite what is evicted, so that few move), and "
+        f"{100 * pruned['copies'] / left:.0f} % copies (of what stays, when reading past what is evicted has cost as much), and "
         f"{100 * pruned['observation'] / left:.1f} % the observed row of attention; the rest is small operations and Python."
     )
 
