@@ -47,7 +47,7 @@ def likeliest(kernel, count: int):
     rows = kernel.new_zeros(count, len(kernel))
     chosen = []
     for step in range(count):
-        chosen.append(int(left.argmax()))
+        chosen.append(int((left >= left.max() - least).nonzero()[0]))  # of equals, but for rounding, the first
         gain = left[chosen[-1]].clamp(min=1e-12).sqrt()
         rows[step] = (kernel[chosen[-1]] - rows[:step, chosen[-1]] @ rows[:step]) / gain
         left = left - rows[step] ** 2
