@@ -38,6 +38,7 @@ check-results: .venv/installed
 
 bench: .venv/installed
 	$(RUN) -m study.bench prune --out data/results/pocket/bench.json
+	$(RUN) -m study.bench growth --out data/results/pocket/growth.json
 
 predictors: .venv/installed
 	for seed in 0 1 2 3 4; do $(RUN) analysis/train.py --budget 0.33 --seed $$seed --out data/pocket/dyrate/evict-0.33-seed$$seed || exit 1; done

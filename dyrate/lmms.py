@@ -22,8 +22,8 @@ def strategy_of(name: str, n_layers: int, *, predictor: str | None = None, budge
     """The strategy that model arguments mean.
 
     name: one of STRATEGIES, in any case. given: its fields, lists and mappings as JSON. budget: the retention ratio; it sets
-    the rate of a strategy that has one (`Strategy.at`), and must be what a predictor was trained for. predictor: DyRate's, a
-    folder or hub name. Raises ValueError for what is unknown, missing or contradicts itself.
+    the rate of a strategy that has one (`Strategy.at_retention`), and must be what a predictor was trained for. predictor:
+    DyRate's, a folder or hub name. Raises ValueError for what is unknown, missing or contradicts itself.
     """
     cls = {known.lower(): cls for known, cls in STRATEGIES.items()}.get(str(name).lower())
     if cls is None:
@@ -37,7 +37,7 @@ def strategy_of(name: str, n_layers: int, *, predictor: str | None = None, budge
     known = [field.name for field in fields(cls)]
     if unknown := sorted(set(given) - set(known)):
         raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(known)}")
-    if budget is not None and cls.at.__func__ is Strategy.at.__func__:
+    if budget is not None and cls.at_retention.__func__ is Strategy.at_retention.__func__:
         raise ValueError(f"{cls.__name__} has no rate that budget={budget} could set; it has {', '.join(known)}")
     if budget is not None and not 0 <= budget <= 1:
         raise ValueError(f"budget is the share of image tokens that is kept and lies in [0, 1], not {budget}")

@@ -144,7 +144,9 @@ class RatePredictor(nn.Module, PyTorchModelHubMixin, license="mit", library_name
         flat = torch.cat([s.flatten(-2) for s in shares], -1)
         if not self.with_step:
             return flat
-        step = torch.as_tensor(step, device=flat.device, dtype=flat.dtype) / 64
+        if isinstance(step, int):  # a number must not be sent to a GPU at every step
+            return F.pad(flat, (0, 1), value=step / 64)
+        step = step.to(flat) / 64
         return torch.cat([flat, step.expand(flat.shape[:-1])[..., None]], -1)
 
     def forward(self, features: Float[Tensor, "*batch feature"]) -> Float[Tensor, "*batch rate"]:

@@ -39,7 +39,8 @@ class Seen:
     """What a strategy may look at when it decides, for every row of the batch.
 
     step: 0 in the prefill, then 1, 2, ... for each new token. layer: the first layer that will miss what is dropped now.
-    image: True at real image tokens (rows with fewer than others are padded at the end). kept: those that may be kept.
+    image: True at real image tokens (rows with fewer than others are padded at the end). kept: those that may be kept; held:
+    those in use until now, fewer where tokens may return.
     positions: of each image token in the prompt. segments: the kind of each prompt position. observed: the attention of
     each observed layer in this pass. columns: prompt position of each key of the layer before, None if all are there.
     examples: which example each row is, where the caller told.
@@ -56,6 +57,7 @@ class Seen:
     columns: Tensor | None = None
     examples: Sequence[Example] | None = None
     notes: dict = field(default_factory=dict)  # scratch, for what `keep`, `score` and `merge` share in one decision
+    held: Bool[Tensor, "batch image_token"] | None = None
     read_hidden: Callable[[Tensor], Tensor] | None = None
     read_embedded: Callable[[Tensor], Tensor] | None = None
     norm: Callable[[Tensor], Tensor] | None = None
@@ -71,8 +73,8 @@ class Seen:
     @cached_property
     def shares(self) -> Float[Tensor, "batch head 4"]:
         """The newest query's attention to system, image, instruction and response tokens: the predictor's features."""
-        kind = self.segments.kind if self.columns is None else self.segments.kind.gather(1, self.columns)
-        return segment_shares(self._before.newest, Segments(kind))
+        held = self.segments if self.columns is None else Segments(self.segments.kind.gather(1, self.columns))
+        return segment_shares(self._before.newest, held)
 
     def shares_in(self, layer: int) -> Float[Tensor, "batch head 4"]:
         """The same shares in another observed layer, before the first pruned one."""

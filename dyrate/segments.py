@@ -6,6 +6,7 @@ Every token generated after the prompt is a response token, the paper's fourth k
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,6 +25,11 @@ class Segments:
     def mask(self, segment: str) -> Bool[Tensor, "batch prompt"]:
         """True where a position belongs to `segment`."""
         return self.kind == SEGMENTS.index(segment)
+
+    @cached_property
+    def members(self) -> Float[Tensor, "batch prompt 3"]:
+        """1 where a position is system, image, instruction."""
+        return torch.stack([self.mask(segment) for segment in SEGMENTS[:3]], -1).float()
 
     def positions(self, segment: str) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
         """Where each row's tokens of `segment` stand, ascending, and which entries are real: rows with fewer are filled up."""
@@ -75,8 +81,7 @@ def find_segments(
 def segment_shares(row: Float[Tensor, "batch head key"], segments: Segments) -> Float[Tensor, "batch head 4"]:
     """Sum one query's attention weights over system, image, instruction and response tokens; the four sum to 1."""
     prompt = segments.kind.shape[1]
-    member = torch.stack([segments.mask(s) for s in SEGMENTS[:3]], -1).to(row)
-    shares = row[..., :prompt] @ member
+    shares = row[..., :prompt] @ segments.members.to(row)
     response = row[..., prompt:].sum(-1, keepdim=True)
     return torch.cat([shares, response], -1)
 

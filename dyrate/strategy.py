@@ -100,7 +100,12 @@ class Strategy:
         return tokens.sort().values if self.positions == "compact" else tokens
 
     @classmethod
-    def at(cls, retention: float, n_layers: int, **fields) -> Strategy:
+    def at(cls, budget: float, n_layers: int, image_tokens: int | None = None, **fields) -> Strategy:
+        """The strategy that keeps so much of the image where it prunes: a share in [0, 1], or a number of `image_tokens`."""
+        return cls.at_retention(retention_of(budget, image_tokens), n_layers, **fields)
+
+    @classmethod
+    def at_retention(cls, retention: float, n_layers: int, **fields) -> Strategy:
         """The strategy with its rate set such that this share of the image tokens stays where it prunes."""
         return cls(**fields)
 
@@ -114,6 +119,19 @@ class Strategy:
             raise ValueError(f"first_pruned_layer counts from 0; {self.first_pruned_layer} is no layer")
         if hasattr(self, "rate"):
             rate_field("rate", self.rate)
+
+
+def retention_of(budget: float, image_tokens: int | None) -> float:
+    """A share in [0, 1] as it is; a whole number above 1 as that many of `image_tokens`, of which an image may have no fewer."""
+    if 0 <= budget <= 1:
+        return budget
+    if budget != int(budget) or budget < 0:
+        raise ValueError(f"a budget is a share in [0, 1] or a whole number of image tokens, not {budget}")
+    if image_tokens is None:
+        raise ValueError(f"a budget of {budget} tokens needs to know of how many: name image_tokens")
+    if budget > image_tokens:
+        raise ValueError(f"a budget of {budget} tokens is more than the {image_tokens} that an image has")
+    return budget / image_tokens
 
 
 def current_name(residency: str) -> str:

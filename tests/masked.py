@@ -67,8 +67,9 @@ def masked(model, inputs, answers, strategy, image_token_id, examples=None) -> M
             keys = cache.layers[stage - 1].keys[:, :, : newest + 1] if stage else None
             observed = {stage - 1: Matrix(weights[stage - 1], newest, keys)} if stage else {}
             seen = Seen(
-                step, stage, len(layers), valid, candidates, positions, Segments(segments.kind), observed, examples=examples
-            )
+                step, stage, len(layers), valid, candidates, positions, Segments(segments.kind), observed, examples=examples,
+                held=kept[-1],
+            )  # fmt: skip
             if step == 0:
                 row = torch.arange(len(ids))[:, None]
                 seen.read_hidden = lambda at: hidden[row, at]

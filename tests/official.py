@@ -160,6 +160,24 @@ def fastv(model, ids, pixels, k=2, rate=0.5):
     return {k: torch.cat([hidden[:start], hidden[start:end][best], hidden[end:]])}
 
 
+def dstp(model, ids, pixels, answer, k=2, rate=0.5, caught=0.8):
+    """FastV, and while decoding a swap where the tokens in use catch less than a share of what the best ones would.
+
+    answer: the ids that follow. Returns the set in use when each of them is predicted.
+    """
+    hidden, start, end = embedded(model, torch.cat([ids, answer]), projected(model, pixels))
+    for layer in model.get_decoder().layers[:k]:
+        hidden, weights = through(layer, hidden, model)
+    n, used, found = end - start, None, []
+    for newest in range(len(ids) - 1, len(ids) + len(answer) - 1):
+        attention = weights[:, newest, start:end].mean(0).tolist()
+        best = sorted(range(n), key=lambda j: -attention[j])[: round(n * (1 - rate))]
+        if used is None or sum(attention[j] for j in used) < caught * sum(attention[j] for j in best):
+            used = set(best)
+        found.append(used)
+    return found
+
+
 def projected(model, pixels):
     return model.model.multi_modal_projector(tower(model, pixels)[0][-2][1:])
 

@@ -28,7 +28,7 @@ class TaskConstant(Strategy):
         return [1 - self.rates[task] for task in tasks]
 
     @classmethod
-    def at(cls, retention, n_layers, **fields):
+    def at_retention(cls, retention, n_layers, **fields):
         return cls(rates={"": 1 - retention}, **fields)
 
 
@@ -45,7 +45,7 @@ class ShuffledRates(Strategy):
         return [1 - rates[min(seen.step, len(rates) - 1)] for rates in drawn]
 
     @classmethod
-    def at(cls, retention, n_layers, **fields):
+    def at_retention(cls, retention, n_layers, **fields):
         return cls(rates=((1 - retention,),), **fields)
 
 

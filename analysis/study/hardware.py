@@ -41,7 +41,7 @@ def table() -> pd.DataFrame:
         plan = [(n, v) for n, v in read_plan(profile)[1] if "model" in v]
         (predictors,) = planned(plan).values()
         for notebook, values in plan:
-            work = planning.work(notebook.stem, {**defaults(notebook), **values}, shape.layers, predictors)
+            work = planning.work(notebook.stem, {**defaults(notebook), **values}, predictors)
             need = planning.memory(work, shape)
             columns.setdefault(f"{size}: GiB", {})[notebook.stem] = need / 2**30
             for card in cards():

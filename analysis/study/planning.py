@@ -16,7 +16,7 @@ from dyrate.cost import Shape, decode_macs, prefill_macs, read_bytes, tower_macs
 from dyrate.strategies import STRATEGIES
 from dyrate.training import Settings
 from study.bench.machine import Machine
-from study.chapters.comparison import lineup
+from study.chapters.comparison import methods
 from study.examples import SCENES
 from study.memory import parameters, to_answer, to_train
 
@@ -46,8 +46,8 @@ class Work:
     checkpointing: bool = False
 
 
-def work(chapter: str, values: dict, layers: int, predictors: Sequence[str]) -> Work:
-    """What a chapter (its notebook's name) does with these parameters, on a model of so many layers.
+def work(chapter: str, values: dict, predictors: Sequence[str]) -> Work:
+    """What a chapter (its notebook's name) does with these parameters.
 
     predictors: names of those that lie in its folder, or will.
     """
@@ -66,8 +66,8 @@ def work(chapter: str, values: dict, layers: int, predictors: Sequence[str]) -> 
             checkpointing=v["checkpointing"],
         )  # fmt: skip
     if chapter.startswith("03"):
-        compared = lineup(v["retentions"], layers, v["strategies"], scenes=v["source"] in SCENES)
-        return Work(answers=per_set * (len(compared) + len(fnmatch.filter(predictors, v["pattern"]))), **common)
+        compared = 1 + len(methods(v["strategies"], scenes=v["source"] in SCENES)) * len(v["retentions"])
+        return Work(answers=per_set * (compared + len(fnmatch.filter(predictors, v["pattern"]))), **common)
     if chapter.startswith("04"):
         lines = {_answers(line): line for line in v["ablations"]}.values()
         beams = [line.get("generate", {}).get("num_beams", 1) for line in lines]

@@ -74,8 +74,11 @@ def check_value(name: str, value, default) -> None:
         raise ValueError(f"{name} is a {type(default).__name__} such as {default!r}, not {value!r}")
     elif isinstance(default, list) and default and not value:
         raise ValueError(f"{name} is empty; the notebook's own is {default!r}")
-    if name.endswith(("retentions", "budgets")) and not all(isinstance(x, int | float) and 0 < x <= 1 for x in value):
-        raise ValueError(f"{name} are shares of image tokens in (0, 1], not {value!r}")
+    if name.endswith(("retentions", "budgets")):
+        tokens = name.endswith(" retentions")  # chapter 3 also takes numbers of tokens
+        if not all(isinstance(x, int | float) and (0 < x <= 1 or (tokens and x > 1 and isinstance(x, int))) for x in value):
+            also = ", or whole numbers of tokens" if tokens else ""
+            raise ValueError(f"{name} are shares of image tokens in (0, 1]{also}, not {value!r}")
 
 
 def defaults(notebook: Path) -> dict:

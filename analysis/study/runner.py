@@ -159,7 +159,7 @@ def before(plan: Plan) -> dict[str, float]:
         values = {**defaults(notebook), **values}
         shape = shape_of(SimpleNamespace(config=read_config(values["model"])))
         examples(values["source"], 1, tasks=values.get("tasks") or [values["task"]])
-        work = planning.work(notebook.stem, values, shape.layers, [folder.name for folder in predictors[notebook]])
+        work = planning.work(notebook.stem, values, [folder.name for folder in predictors[notebook]])
         spread = machine if not values["device_map"] else replace(machine, memory=machine.memory * torch.cuda.device_count())
         planning.check_fits(work, shape, spread, values["model"])
         found[notebook.stem] = planning.seconds(work, shape, machine)

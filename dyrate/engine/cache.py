@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from dyrate.engine.kept import take
+ROOM = 32  # slots for new tokens by which a buffer is longer, when it is made, than what it holds
 
 
 class PrunedLayer(DynamicLayer):
     """A cache layer that may hold fewer tokens than were seen, and still reports how many those were.
 
-    Positions and mask sizes come from the cache's length. take_rows: is called when rows of the batch are reordered, chosen
-    or repeated; one layer of a model has it.
+    Positions and mask sizes come from the cache's length. New tokens are added in place, for which keys and values are the
+    beginnings of longer buffers; a DynamicLayer copies all that it holds at every token. take_rows: is called when rows of
+    the batch are reordered, chosen or repeated; one layer of a model has it. read: the slots that the next token attends
+    to; None: all.
     """
 
     evicted = 0
+    read: Slots | None = None
 
     def __init__(self, take_rows: Callable[[Tensor], None] | None):
         super().__init__()
         self.take_rows = take_rows
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized or key_states.requires_grad:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.keys, self.values = _appended(self.keys, key_states), _appended(self.values, value_states)
+        if self.read is None:
+            return self.keys, self.values
+        return self.read.of(self.keys), self.read.of(self.values)
 
     def get_seq_length(self) -> int:
         length = super().get_seq_length()
@@ -49,13 +61,10 @@ class PrunedLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError("a pruned cache cannot be cropped: assisted decoding is not supported with a strategy")
 
-    def compact(self, index: Int[Tensor, "batch n"], slots: int) -> None:
-        """Of the first `slots` slots keep those of `index`, and all that follow."""
-        following = torch.arange(slots, self.keys.shape[2], device=index.device).expand(len(index), -1)
-        self.evicted += slots - index.shape[1]
-        index = torch.cat([index, following], 1).to(self.keys.device)
-        self.keys, self.values = (_take_slots(x, index) for x in (self.keys, self.values))
-
+    def compact(self, staying: Slots, length: int) -> None:
+        """Keep these slots, the first `length` of them in use, and free the memory of the others."""
+        self.evicted += self.keys.shape[2] - length
+        self.keys, self.values = (staying.of(x)[:, :, :length] for x in (self.keys, self.values))
 
     def close(self) -> None:
         """From now on refuse new tokens: nobody knows any more where in the prompt the kept ones were."""
@@ -66,11 +75,40 @@ def _refused(*_, **__):
     raise RuntimeError("this cache was pruned by a strategy that has left it: give the whole prompt, with a fresh cache")
 
 
-def _take_slots(x: Tensor, index: Int[Tensor, "batch n"]) -> Tensor:
-    """x: (batch, head, slot, dim)."""
-    batch, heads, slots, dim = x.shape
-    taken = take(x.reshape(1, batch * heads, slots, dim)[0], index.repeat_interleave(heads, 0))
-    return taken.view(batch, heads, index.shape[1], dim)
+class Slots:
+    """Some slots of each row, to be taken out of the keys and values of layers that hold the same tokens."""
+
+    def __init__(self, index: Int[Tensor, "row n"]):
+        self.index = index
+        self.flat: tuple[tuple, Tensor] = ((), index)  # for buffers of one shape: those of all these layers
+
+    def of(self, x: Float[Tensor, "row head slot dim"]) -> Float[Tensor, "row head n dim"]:
+        """What is in them. Whole vectors are taken: far faster than gather with an expanded index."""
+        rows, heads, _, dim = x.shape
+        buffer = _buffer(x)
+        if self.flat[0] != (like := (x.device, rows, heads, buffer.shape[2])):
+            begins = buffer.shape[2] * torch.arange(rows * heads, device=x.device).view(rows, heads, 1)
+            self.flat = like, (self.index.to(x.device)[:, None] + begins).flatten()
+        return buffer.view(-1, dim).index_select(0, self.flat[1]).view(rows, heads, -1, dim)
+
+
+def _buffer(x: Float[Tensor, "row head slot dim"]) -> Tensor:
+    """The buffer of which x is the beginning, with the free slots behind; x itself, contiguous, where there are none."""
+    rows, heads, _, dim = x.shape
+    slots = x.untyped_storage().nbytes() // (rows * heads * dim * x.element_size())
+    stride = (heads * slots * dim, slots * dim, dim, 1)
+    alone = x.storage_offset() == 0 and x.stride() == stride
+    return x.as_strided((rows, heads, slots, dim), stride) if alone else x.contiguous()
+
+
+def _appended(x: Tensor, new: Tensor) -> Tensor:
+    """x and, behind it, `new`: in place where there is room."""
+    begin, end = x.shape[2], x.shape[2] + new.shape[2]
+    buffer = _buffer(x)
+    if buffer.shape[2] < end:
+        buffer = F.pad(x, (0, 0, 0, end - begin + ROOM))
+    buffer[:, :, begin:end] = new
+    return buffer[:, :, :end]
 
 
 def check_layers(model: PreTrainedModel, pruned: Iterable[int]) -> None:
@@ -84,10 +122,20 @@ def check_layers(model: PreTrainedModel, pruned: Iterable[int]) -> None:
         )
 
 
-def check_cache_layer(layer, index: int) -> None:
-    """Raises ValueError for a kind of cache that cannot be pruned."""
-    if type(layer) not in (DynamicLayer, PrunedLayer):
-        raise ValueError(
-            f"layer {index} keeps its keys in a {type(layer).__name__}, which cannot be pruned: generate with the default "
-            'cache (no cache_implementation="static", no quantized or sliding-window cache)'
-        )
+def own_layers(cache, n_layers: int, pruned: Sequence[int] = (), take_rows: Callable[[Tensor], None] | None = None):
+    """The empty cache, with layers that add in place and may miss tokens; the first of those that will moves the rows.
+
+    Raises ValueError for a kind of cache that cannot be pruned.
+    """
+    while len(cache.layers) < n_layers:  # a cache made without a configuration grows as it is filled
+        cache.layers.append(DynamicLayer())
+    for i in pruned:
+        if type(cache.layers[i]) not in (DynamicLayer, PrunedLayer):
+            raise ValueError(
+                f"layer {i} keeps its keys in a {type(cache.layers[i]).__name__}, which cannot be pruned: generate with the "
+                'default cache (no cache_implementation="static", no quantized or sliding-window cache)'
+            )
+    for i, layer in enumerate(cache.layers):
+        if type(layer) in (DynamicLayer, PrunedLayer):
+            cache.layers[i] = PrunedLayer(take_rows if i in pruned[:1] else None)
+    return cache

@@ -17,7 +17,7 @@ from dyrate.segments import Segments
 
 @dataclass
 class PerRow:
-    """Every field has one entry for each row of the batch: a tensor, a list, a dict of further `PerRow`s, or None."""
+    """Every field has one entry for each row of the batch: a tensor, a list, segments, a dict of further `PerRow`s, or None."""
 
     def take(self, index: Int[Tensor, " row"]) -> None:
         """Row i becomes what row `index[i]` was, in every field."""
@@ -32,6 +32,8 @@ def _taken(name: str, value, index: Tensor):
         return value.index_select(0, index.to(value.device))
     if isinstance(value, list):  # mostly alike in all rows; then there is no need to wait for the device
         return value[:1] * len(index) if len(set(value)) == 1 else [value[i] for i in index.tolist()]
+    if isinstance(value, Segments):
+        return Segments(_taken(name, value.kind, index))
     if isinstance(value, dict) and all(isinstance(part, PerRow) for part in value.values()):
         for part in value.values():
             part.take(index)
@@ -59,12 +61,12 @@ class Held(PerRow):
 class Rows(PerRow):
     """A prompt batch from prefill to last token.
 
-    kind: of each prompt position (`segments.SEGMENTS`). real: no padding. positions: of each image token, rows with fewer
+    segments: the kind of each prompt position. real: no padding. positions: of each image token, rows with fewer
     than others filled up; image: which of them are real. n_real, n_image: such tokens of each row. held: what the runs of
     layers hold, by their first layer; -1 stands for the layers before the first stage.
     """
 
-    kind: Int[Tensor, "row prompt"]
+    segments: Segments
     real: Bool[Tensor, "row prompt"]
     positions: Int[Tensor, "row image_token"]
     image: Bool[Tensor, "row image_token"]
@@ -79,11 +81,7 @@ class Rows(PerRow):
         n_image = segments.mask("image").sum(1).tolist()
         whole = Held(image, n_image)
         held = {first: replace(whole) for first in (-1, *stages)}
-        return cls(segments.kind, real.bool(), positions, image, real.sum(1).tolist(), n_image, held)
-
-    @property
-    def segments(self) -> Segments:
-        return Segments(self.kind)
+        return cls(segments, real.bool(), positions, image, real.sum(1).tolist(), n_image, held)
 
     def n_alive(self, counts: list[int]) -> list[int]:
         """Prompt tokens of each row that may be seen, where `counts` image tokens are kept."""
@@ -100,13 +98,14 @@ class Rows(PerRow):
         held.kept, held.counts = kept, counts
         held.alive = alive if held.columns is None else alive.gather(1, held.columns)
 
-    def shrink(self, held: Held) -> Int[Tensor, "row n"]:
-        """Leave the slots that may not be seen; returns which stay, ascending.
-
-        Rows with fewer than others are filled up with slots that may not be seen.
-        """
+    def seen_slots(self, held: Held) -> Int[Tensor, "row n"]:
+        """The slots that may be seen, ascending. Rows with fewer than others are filled up with slots that may not be seen."""
         longest = max(self.n_alive(held.counts))
-        index = (~held.alive).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest].sort(1).values
+        return (~held.alive).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest].sort(1).values
+
+    def shrink(self, held: Held) -> Int[Tensor, "row n"]:
+        """Leave the slots that may not be seen; returns which stay, ascending."""
+        index = self.seen_slots(held)
         held.columns = index if held.columns is None else held.columns.gather(1, index)
         held.alive = held.alive.gather(1, index)
         return index

@@ -18,12 +18,12 @@ from weakref import WeakSet
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from torch.nn import functional as F
+from transformers import DynamicCache, PreTrainedModel
 
 from dyrate.attention import LayerAttention
 from dyrate.data import Example
-from dyrate.engine.cache import PrunedLayer, check_cache_layer, check_layers
+from dyrate.engine.cache import ROOM, PrunedLayer, Slots, check_layers, own_layers
 from dyrate.engine.deepstack import deepstack
 from dyrate.engine.kept import Held, Rows, take
 from dyrate.engine.masks import decode_mask, mask_form, prefill_mask
@@ -38,7 +38,8 @@ from dyrate.trace import Stage, Step, Trace
 if TYPE_CHECKING:
     from dyrate.strategy import Strategy
 
-_SPARE_SLOTS = 16  # evicted tokens are only masked until so many slots, or an eighth of all, can be freed at once
+_COPY = 2  # a slot is read and written, for what one step reads
+_READ_SHARE = 1 / 3  # of the slots: gathering reads, writes and reads again what reading under a mask reads once
 
 
 @contextmanager
@@ -64,7 +65,7 @@ def prune(
     observed = sorted(strategy.observes(len(layers)))
     if stages and observed and observed[-1] >= max(1, stages[-1]):
         raise ValueError(f"{strategy}: layer {observed[-1]} is observed too late for a decision before layer {stages[-1]}")
-    run = _Pruning(model, strategy, stages, observed, processor, examples)
+    run = _Pruning(model, strategy, stages, observed, processor, examples, static)
     check_layers(model, run.stage_of)
     asked = stages if "own_attention" in strategy.needs else []
     with ExitStack() as stack:
@@ -102,7 +103,9 @@ class _Pruning:
     All that belongs to a row of the batch is in `rows`; the rest is of the whole batch.
     """
 
-    def __init__(self, model: PreTrainedModel, strategy: Strategy, stages: list[int], wanted: list[int], processor, examples):
+    def __init__(
+        self, model: PreTrainedModel, strategy: Strategy, stages: list[int], wanted: list[int], processor, examples, static: int
+    ):  # fmt: skip
         self.strategy, self.stages, self.wanted, self.examples = strategy, stages, wanted, examples
         self.rotary_of, self.norm = partial(rotary_at, model), model.get_decoder().norm
         self.system = None if processor is None else system_ids(processor)
@@ -117,6 +120,8 @@ class _Pruning:
         self.embedded: Tensor | None = None
         self.tower: Tower | None = None
         self.capturing = False
+        self.gathers = strategy.residency == "mask" and not static
+        self.read: Slots | None = None
         self.step = -1
         self.pruned: WeakSet[PrunedLayer] = WeakSet()  # layers of the cache at work
 
@@ -131,8 +136,8 @@ class _Pruning:
 
     # -- the whole pass ------------------------------------------------------------------------------------------------
 
-    def begin(self, module, args, kwargs) -> None:
-        """Before each forward pass: a prefill starts a new trace, a decode step goes on."""
+    def begin(self, module, args, kwargs):
+        """Before each forward pass: a prefill starts a new trace with a cache of its own kind, a decode step goes on."""
         if kwargs.get("use_cache") is False:
             raise ValueError("pruning needs the KV cache: call generate without use_cache=False")
         ids = args[0] if args else kwargs.get("input_ids")
@@ -140,11 +145,11 @@ class _Pruning:
         cached = cache.get_seq_length() if cache is not None else 0
         if ids is None:
             raise ValueError("pass input_ids: inputs_embeds alone do not say which tokens are the image")
-        for i in self.stage_of:
-            if cache is not None and i < len(cache.layers):
-                check_cache_layer(cache.layers[i], i)
         if cached == 0:
             self._begin_prompt(ids, kwargs.get("attention_mask"))
+            cache = DynamicCache() if cache is None else cache
+            kwargs["past_key_values"] = cache = own_layers(cache, self.n_layers, sorted(self.stage_of), self.rows.take)
+            self.pruned.update(cache.layers[layer] for layer in self.stage_of)
         elif ids.shape[1] != 1 or self.step < 0:
             raise ValueError(
                 f"{ids.shape[1]} tokens follow a cache of {cached}: chunked prefill, assisted decoding and going on from a "
@@ -154,6 +159,7 @@ class _Pruning:
         self.stage = -1
         self.observed.clear()
         self.shares = {}
+        return args, kwargs
 
     def _begin_prompt(self, ids: Tensor, attention_mask: Tensor | None) -> None:
         real = torch.ones_like(ids) if attention_mask is None else attention_mask
@@ -162,7 +168,7 @@ class _Pruning:
         self.close_cache()
         segments = find_segments(ids, self.image_token_id, real, self.system)
         self.rows = Rows.of_prompt(segments, real, self.stages)
-        self.step = -1
+        self.step, self.wasted = -1, dict.fromkeys(self.stages, 0)
         self.trace.n_image, self.trace.steps = list(self.rows.n_image), []
         self.trace.n_instruction = segments.mask("instruction").sum(1).tolist()
         self.projections.clear()
@@ -200,37 +206,26 @@ class _Pruning:
 
     def enter(self, layer: int, module, args, kwargs):
         """Before each layer that may miss tokens: decide where a stage begins, then fit its inputs."""
-        hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        hidden = args[0] if args else kwargs["hidden_states"]
         stage, cache = self.stage_of[layer], kwargs["past_key_values"]
         held = self.rows.held[stage]
         self.stage = stage
-        if self.step == 0:
-            self._own(cache, layer)
-            if layer == stage:
+        if layer == stage:
+            if self.step == 0:
                 hidden = self._prefill(stage, held, module, hidden, kwargs)
-        elif layer == stage:
-            if self.strategy.each_step:
-                self._decode(stage, held, cache)
-            if held.alive is not None:
-                n_keys = cache.layers[stage].keys.shape[2] + 1
-                self.mask = None if self.rows.whole(held) else decode_mask(self.form, held.alive, n_keys, hidden)
-            self.rotary = self._moved_up(held, hidden)
-        if held.alive is not None:
-            kwargs["attention_mask"] = None if self.mask is None else self.mask.to(hidden.device)
-            kwargs["position_ids"] = None
-            if self.rotary is not None:
-                kwargs["position_embeddings"] = tuple(x.to(hidden.device) for x in self.rotary)
-        return (hidden, *rest), kwargs
-
-    def _own(self, cache, layer: int) -> None:
-        """Put a layer into the cache that may hold fewer tokens; the first one moves the rows."""
-        if cache is None:
-            raise ValueError("pruning needs the KV cache: leave use_cache on")
-        while len(cache.layers) <= layer:  # a cache made without a configuration grows as it is filled
-            cache.layers.append(DynamicLayer())
-        check_cache_layer(cache.layers[layer], layer)
-        cache.layers[layer] = PrunedLayer(self.rows.take if layer == self.stages[0] else None)
-        self.pruned.add(cache.layers[layer])
+            else:
+                self._decode(stage, held, hidden, cache)
+        if held.alive is None:
+            return None
+        observed = layer in self.wanted  # whoever observes a layer looks for all its keys
+        cache.layers[layer].read = None if observed else self.read
+        mask = self.mask if observed or self.read is None else self.read_mask
+        kwargs |= {"attention_mask": None if mask is None else mask.to(hidden.device), "position_ids": None}
+        if self.rotary is not None:
+            kwargs["position_embeddings"] = tuple(x.to(hidden.device) for x in self.rotary)
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": hidden}
 
     def _prefill(self, stage: int, held: Held, module: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
         """Decide, and take the tokens that stay out of the hidden states."""
@@ -266,19 +261,40 @@ class _Pruning:
         self.mask = prefill_mask(self.form, held.alive, hidden) if needed else None
         return hidden
 
-    def _decode(self, stage: int, held: Held, cache) -> None:
-        """Decide, mark what is dropped, and free its memory when enough has gathered."""
-        kept, counts = self._choose(self._seen(stage, held), held)
-        if kept is held.kept:
+    def _decode(self, stage: int, held: Held, hidden: Tensor, cache) -> None:
+        """Decide, and say what the layers of this stage attend to."""
+        if self.strategy.each_step:
+            kept, counts = self._choose(self._seen(stage, held), held)
+            if kept is not held.kept:
+                self.rows.see_only(held, kept, counts)
+        if held.alive is None:
             return
-        self.rows.see_only(held, kept, counts)
-        if self.strategy.residency == "mask":
-            return
+        if self.strategy.residency == "evict":
+            self._free(stage, held, cache)
         slots = held.alive.shape[1]
-        if slots - max(self.rows.n_alive(counts)) >= max(_SPARE_SLOTS, slots // 8):
-            index = self.rows.shrink(held)
-            for layer in (i for i, first in self.stage_of.items() if first == stage):
-                cache.layers[layer].compact(index, slots)
+        self.mask = None if self.rows.whole(held) else decode_mask(self.form, held.alive, slots + self.step, hidden)
+        self.rotary, self.read = self._moved_up(held, hidden), None
+        if self.gathers and max(seen := self.rows.n_alive(held.counts)) <= _READ_SHARE * slots:
+            index = self.rows.seen_slots(held)
+            self.read = Slots(self._and_answer(index, slots, self.step))
+            ragged, alive = len(set(seen)) > 1, held.alive.gather(1, index)
+            self.read_mask = decode_mask(self.form, alive, index.shape[1] + self.step, hidden) if ragged else None
+
+    def _free(self, stage: int, held: Held, cache) -> None:
+        """Free the memory of what is not seen, when reading past it has cost as much as copying what stays."""
+        slots, left = held.alive.shape[1], max(self.rows.n_alive(held.counts))
+        self.wasted[stage] += slots - left
+        if slots == left or self.wasted[stage] < _COPY * left:
+            return
+        self.wasted[stage] = 0
+        index = self._and_answer(self.rows.shrink(held), slots, self.step - 1)
+        staying, length = Slots(F.pad(index, (0, ROOM))), index.shape[1]  # the room behind may hold anything
+        for layer in (i for i, first in self.stage_of.items() if first == stage):
+            cache.layers[layer].compact(staying, length)
+
+    def _and_answer(self, index: Tensor, slots: int, tokens: int) -> Tensor:
+        """These of the prompt's `slots`, and those of as many tokens of the answer behind them."""
+        return torch.cat([index, torch.arange(slots, slots + tokens, device=index.device).expand(len(index), -1)], 1)
 
     def _moved_up(self, held: Held, hidden: Tensor) -> tuple[Tensor, ...] | None:
         """Rotary embeddings of the new token where the prompt was renumbered; None where the model's own are right."""
@@ -299,7 +315,7 @@ class _Pruning:
         candidates = rows.image if self.strategy.residency == "mask" else held.kept
         seen = Seen(
             self.step, stage, self.n_layers, rows.image, candidates, rows.positions, rows.segments, self.observed,
-            self._before(stage).columns, self.examples,
+            self._before(stage).columns, self.examples, held=held.kept,
         )  # fmt: skip
         if hidden is not None:
             row = torch.arange(len(hidden), device=hidden.device)[:, None]

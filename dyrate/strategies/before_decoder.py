@@ -21,5 +21,5 @@ class BeforeDecoder(Strategy, registered=False):
         return 1 - self.rate
 
     @classmethod
-    def at(cls, retention, n_layers, **fields):
+    def at_retention(cls, retention, n_layers, **fields):
         return cls(rate=1 - retention, **fields)

@@ -15,8 +15,11 @@ class CDPruner(BeforeDecoder):
 
     rate: share dropped, in [0, 1]. Similarity is the cosine of projected image tokens. Relevance is the mean cosine of an image
     token and the instruction's embeddings, scaled to (0, 1]: a departure, for its code asks CLIP's text tower, which these
-    models do not carry.
+    models do not carry. So what the departure costs cannot be measured with them; what this relevance is worth can, against
+    `relevance` 0 (`DiversityAlone`; chapter 3). relevance: its exponent.
     """
+
+    relevance: float = 1.0
 
     def score(self, seen):
         score = torch.zeros(seen.image.shape, device=seen.image.device)
@@ -26,6 +29,7 @@ class CDPruner(BeforeDecoder):
             tokens = hidden[i, index]
             relevance = (tokens @ text[i, seen.instruction_real[i]].T).mean(1)
             relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min() + 1e-6)
+            relevance = relevance**self.relevance
             order = likeliest(relevance[:, None] * (tokens @ tokens.T) * relevance, kept_count(len(index), 1 - self.rate))
             score[i, index] = score_of(order, len(index))
         return score
@@ -43,7 +47,7 @@ def likeliest(kernel, count: int):
     rows = kernel.new_zeros(count, len(kernel))
     chosen = []
     for step in range(count):
-        chosen.append(int(left.argmax()))
+        chosen.append(int((left >= left.max() - least).nonzero()[0]))  # of equals, but for rounding, the first
         gain = left[chosen[-1]].clamp(min=1e-12).sqrt()
         rows[step] = (kernel[chosen[-1]] - rows[:step, chosen[-1]] @ rows[:step]) / gain
         left = left - rows[step] ** 2

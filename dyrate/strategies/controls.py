@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from dyrate.strategies.before_decoder import BeforeDecoder
+from dyrate.strategies.cdpruner import CDPruner
 from dyrate.strategies.fastv import FastV
 from dyrate.strategy import Strategy, rate_field
 
@@ -42,7 +43,7 @@ class LinearAnneal(Strategy):
         return 1 - (self.start + (self.end - self.start) * min(1.0, seen.step / self.steps))
 
     @classmethod
-    def at(cls, retention, n_layers, **fields):
+    def at_retention(cls, retention, n_layers, **fields):
         spread = min(retention, 1 - retention)  # the mean over `steps` is the retention
         return cls(start=1 - retention - spread, end=1 - retention + spread, **fields)
 
@@ -64,7 +65,7 @@ class MeanTrajectory(Strategy):
         return 1 - self.rates[min(seen.step, len(self.rates) - 1)]
 
     @classmethod
-    def at(cls, retention, n_layers, **fields):
+    def at_retention(cls, retention, n_layers, **fields):
         return cls(rates=(1 - retention,), **fields)
 
 
@@ -133,6 +134,14 @@ class NoRoPE(FastV):
 
     def score(self, seen):
         return seen.no_rope_attention.mean(1)
+
+
+@dataclass(kw_only=True)
+class DiversityAlone(CDPruner):
+    """CDPruner without relevance: the most diverse tokens, whatever is asked."""
+
+    relevance: float = 0.0
+    control = True
 
 
 @dataclass(kw_only=True)

@@ -40,6 +40,6 @@ class DepthPrune(Strategy):
         return 1 - (self.rate + (self.deepest - self.rate) * depth)
 
     @classmethod
-    def at(cls, retention, n_layers, **fields):
+    def at_retention(cls, retention, n_layers, **fields):
         spread = min(0.2, retention, 1 - retention)  # the mean over layers is the retention
         return cls(rate=1 - retention - spread, deepest=1 - retention + spread, **fields)

@@ -21,5 +21,5 @@ class DyCoke(Strategy):
         return 1 - self.rate if seen.step else 1.0
 
     @classmethod
-    def at(cls, retention, n_layers, **fields):
+    def at_retention(cls, retention, n_layers, **fields):
         return cls(rate=1 - retention, **fields)

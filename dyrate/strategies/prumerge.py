@@ -64,7 +64,7 @@ class PruMerge(Strategy):
         return n * ((1 + kept) * shape.tower_width + shape.tower_width * shape.width + shape.width**2)
 
     @classmethod
-    def at(cls, retention, n_layers, **fields):
+    def at_retention(cls, retention, n_layers, **fields):
         return cls(retention=retention, **fields)
 
     def _chosen(self, seen, i):

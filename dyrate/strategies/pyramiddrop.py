@@ -41,7 +41,7 @@ class PyramidDrop(Strategy):
         return sum((tokens.text + n) * (shape.width * projected + heads) for n in tokens.image[:-1])
 
     @classmethod
-    def at(cls, retention, n_layers, **fields):
+    def at_retention(cls, retention, n_layers, **fields):
         """The ratio whose mean over the three stages is the retention: ratio + ratio^2 + ratio^3 = 3 retention."""
         low, high = 0.0, 1.0
         for _ in range(50):

@@ -54,7 +54,7 @@ class SparseVLM(Strategy):
         return merged
 
     @classmethod
-    def at(cls, retention, n_layers, **fields):
+    def at_retention(cls, retention, n_layers, **fields):
         """The published shares scaled until the mean over pruned layers, clusters among them, is the retention."""
         low, high = 0.0, 1 / cls.shares[-1]
         for _ in range(40):

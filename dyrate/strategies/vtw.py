@@ -23,6 +23,6 @@ class VTW(Strategy):
         return seen.image.float()
 
     @classmethod
-    def at(cls, retention, n_layers, **fields):
+    def at_retention(cls, retention, n_layers, **fields):
         """Here the retention is one of layers: this share of them still sees the image."""
         return cls(first_pruned_layer=round(retention * n_layers), **fields)

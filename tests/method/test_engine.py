@@ -10,7 +10,8 @@ from transformers import AttentionInterface
 
 import dyrate
 import families
-from dyrate.engine import decoder_layers, pruning
+from dyrate.engine import cache, decoder_layers, pruning
+from dyrate.engine.cache import Slots
 from dyrate.engine.kept import PerRow, Rows
 from laws import (
     DECODINGS,
@@ -152,8 +153,8 @@ class WithOneMore(Rows):
     @classmethod
     def of_prompt(cls, *given):
         found = super().of_prompt(*given)
-        found.number = torch.arange(len(found.kind))
-        found.name = [f"row {i}" for i in range(len(found.kind))]
+        found.number = torch.arange(len(found.real))
+        found.name = [f"row {i}" for i in range(len(found.real))]
         return found
 
 
@@ -187,13 +188,18 @@ def test_a_new_field_of_a_row_follows_its_beam(family, monkeypatch):
 
 
 def test_memory_is_freed_while_decoding():
-    """A falling schedule over many image tokens: cached bytes fall step by step, though each token adds some."""
+    """Much at once when a schedule falls steeply, and the little that one step drops when it has been read past for long."""
     model, inputs = long_images(8)
-    strategy = dyrate.MeanTrajectory(rates=(0.0, 0.3, 0.6, 0.9))
-    with strategy(model) as trace:
-        generate(model, inputs)
-    sizes = [step.kv_bytes[-1] for step in trace.steps[:4]]
-    assert sizes == sorted(sizes, reverse=True) and sizes[3] < 0.35 * sizes[0]
+
+    def sizes(rates):
+        with dyrate.MeanTrajectory(rates=rates)(model) as trace:
+            generate(model, inputs, 20)
+        return [step.kv_bytes[-1] for step in trace.steps]
+
+    steep, gentle = sizes((0.0, 0.3, 0.6, 0.9)), sizes((0.0, 0.15))
+    assert steep[3] < 0.35 * steep[0]
+    token = gentle[1] - gentle[0]
+    assert token > 0 and gentle[-1] == gentle[0] + (19 - 9) * token  # 19 tokens added, 9 evicted
 
 
 @pytest.mark.parametrize("strategy", [
@@ -211,6 +217,50 @@ def test_freed_memory_changes_nothing(strategy, decoding):
         row = out.beam_indices[:, step].long() if decoding == "beam-3" else torch.arange(2)
         assert (out.logits[step][row] - slow.logits[:, step]).abs().max() < 1e-4
     assert trace.steps[-1].kv_bytes[-1] // len(trace.n_image) < full_bytes(model, inputs) // 2
+
+
+RESELECTING = [dyrate.Constant(rate=0.8, residency="mask"), dyrate.DyCoke(rate=0.8), dyrate.DepthPrune(residency="mask")]
+
+
+@pytest.mark.parametrize("strategy", RESELECTING, ids=repr)
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_reading_only_the_selected_keys_changes_nothing(monkeypatch, strategy, decoding):
+    """In rows of unequal length; of DepthPrune's layers all but the last are observed, and so read whole."""
+    model, inputs = long_images(8)
+    taken, real = [], Slots.of
+    monkeypatch.setattr(Slots, "of", lambda self, x: taken.append(x.shape[2]) or real(self, x))
+    with strategy(model):
+        out = generate(model, inputs, **DECODINGS[decoding])
+    assert len(taken) >= 2 * (STEPS - 1)  # keys and values, in one layer at least
+    slow = masked(model, inputs, out.sequences[:, inputs["input_ids"].shape[1] :], strategy, IMAGE)
+    for step in range(STEPS):
+        row = out.beam_indices[:, step].long() if decoding == "beam-3" else torch.arange(2)
+        assert (out.logits[step][row] - slow.logits[:, step]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("strategy", [dyrate.Full(), dyrate.LinearAnneal(start=0.1, end=1.0, steps=8)], ids=repr)
+@pytest.mark.parametrize("decoding", DECODINGS)
+def test_buffers_that_are_full_are_made_anew(monkeypatch, strategy, decoding):
+    model, inputs = long_images(8)
+    with strategy(model):
+        roomy = generate(model, inputs, 12, **DECODINGS[decoding])
+    monkeypatch.setattr(cache, "ROOM", 2)
+    with strategy(model):
+        out = generate(model, inputs, 12, **DECODINGS[decoding])
+    assert torch.equal(out.sequences, roomy.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(out.logits, roomy.logits, strict=True))
+
+
+def test_buffers_shrink():
+    """What is evicted leaves memory, not only the view that attention reads."""
+    model, inputs = long_images(24)
+
+    def stored(strategy):
+        with strategy(model):
+            out = generate(model, inputs)
+        return out.past_key_values.layers[-1].keys.untyped_storage().nbytes()
+
+    assert stored(dyrate.MeanTrajectory(rates=(0.0, 0.3, 0.6, 0.9))) < 0.25 * stored(dyrate.Full())
 
 
 def full_bytes(model, inputs):

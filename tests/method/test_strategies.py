@@ -9,6 +9,7 @@ from dyrate.attention import LayerAttention
 from dyrate.seen import choose, kept_count
 from dyrate.strategies.controls import evenly
 from dyrate.strategies.sparsevlm import cluster, counts
+from dyrate.strategy import retention_of
 
 
 def test_kept_count():
@@ -134,6 +135,23 @@ def test_dycoke_leaves_the_prefill_whole():
     assert kept(strategy, seen(HEADS, step=0)) == [0, 1, 2, 3]
     assert kept(strategy, seen(HEADS, step=1)) == [1]
     assert strategy.residency == "mask"
+
+
+def test_dstp_swaps_only_what_no_longer_catches_attention():
+    # attention .1, .25, .2, .25: the tokens in use, 1 and 2, catch .45 of the .5 that 1 and 3 would
+    at = seen(HEADS, step=1)
+    at.held = torch.tensor([[False, True, True, False]])
+    assert kept(dyrate.DSTP(rate=0.5, caught=0.89), at) == [1, 2]
+    assert kept(dyrate.DSTP(rate=0.5, caught=0.91), at) == [1, 3]
+
+
+def test_a_budget_in_tokens_is_a_share():
+    assert [retention_of(x, 576) for x in (192, 0.25, 1, 0)] == [192 / 576, 0.25, 1, 0]
+    assert dyrate.FastV.at(144, 32, 576) == dyrate.FastV.at(0.25, 32) == dyrate.FastV(rate=0.75)
+    for budget, tokens, message in ((192, None, "of how many"), (577, 576, "more than the 576"), (1.5, 576, "whole number"),
+                                    (-1, 576, "whole number")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            dyrate.FastV.at(budget, 32, tokens)
 
 
 def test_schedules():

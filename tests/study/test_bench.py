@@ -2,7 +2,9 @@
 
 import json
 import re
+from dataclasses import asdict
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -12,7 +14,7 @@ from dyrate import teacher_forcing
 from dyrate.cost import LLAVA_7B, LLAVA_13B, read_bytes
 from dyrate.predictor import RatePredictor, gumbel_one_hot
 from live_bytes import LiveBytes
-from study.bench import results, runs, table3
+from study.bench import growth, results, runs, table3
 from study.bench.__main__ import main
 from study.bench.machine import Machine, probe
 from study.chapters import efficiency
@@ -32,10 +34,34 @@ def test_the_small_bench_writes_one_set_of_names(tmp_path):
     main(["prune", "--layers", "3", "--width", "32", "--side", "4", "--heads", "2", "--repeats", "1", "--new-tokens", "4",
           "--out", str(tmp_path / "bench.json")])  # fmt: skip
     content = json.loads((tmp_path / "bench.json").read_text())
-    assert set(content["bars"]) == CONTRACT <= set(content["results"])
-    assert {row["case"] for row in content["table"]} | {"deciding_share"} == set(content["results"])
+    assert CONTRACT <= set(content["bars"]) <= set(content["results"])
+    ways = {case: {row["way"] for row in content["table"] if row["case"] == case} for case in ("whole", "decode", "pocket")}
+    assert ways["whole"] == {"plain", "all kept"} and ways["pocket"] == {"plain", "DyRate"}
+    assert {"mask", "DyRate", "limit, 0.1", "limit, 0.33, in place"} <= ways["decode"]
+    caches = {row["way"]: row["cache_mib"] for row in content["table"] if row["case"] == "decode"}
+    assert caches["limit, 0.1"] < caches["fixed"] < caches["mask"] == caches["plain"] == caches["plain, in place"]
+    for spent in content["profile"].values():
+        assert spent["linear layers"] > 0 and spent["attention"] > 0 and spent["all else"] > 0
+    assert content["profile"]["plain"]["observation"] == 0 < content["profile"]["DyRate"]["observation"]
+    assert "into linear layers" in efficiency.profile_sentence(content)
+    assert set(efficiency.savings(content)["case"]) < set(efficiency.LABELS.values())
     assert all(found["low"] <= found["value"] <= found["high"] for found in content["results"].values())
     assert 0 < content["results"]["deciding_share"]["value"] < 1
+
+
+def test_growth_has_a_line_for_each_case(tmp_path):
+    lines = [{"image_tokens": n, "batch": rows, "new_tokens": 4} for n, rows in ((64, 1), (192, 2))]
+    growth.growth(SMALL, 1, tmp_path / "growth.json", lines)
+    found = json.loads((tmp_path / "growth.json").read_text())
+    assert [{key: row[key] for key in lines[0]} for row in found["table"]] == lines
+    kept = (runs.TEXT + 16 + 3) / (runs.TEXT + 64 + 3)  # of 64; two of four layers hold all
+    assert found["table"][0]["FastV cache"] == pytest.approx((1 + kept) / 2)
+    assert list(efficiency.grown(found))[:4] == ["image tokens", "batch", "new tokens", "plain (s)"]
+    timing = {"plain": 10.0, "FastV": 6.0, "DyRate": 7.0, "limit": 4.0}
+    made = {way: [runs.Timing(t - 1, np.ones(1), 1, [], 1.0, np.ones(0))] for way, t in timing.items()}
+    assert growth.line(made, 0.5)["ideal"] == pytest.approx(0.7) and growth.line(made, 0.5)["DyRate"] == pytest.approx(0.7)
+    axes = [{key for key in case if case[key] != growth.BASE[key]} for case in growth.cases()]
+    assert axes[0] == set() and all(len(axis) == 1 for axis in axes[1:])
 
 
 @pytest.mark.parametrize("budget", [0.25, 0.33, 0.5, 0.75])
@@ -103,7 +129,7 @@ def test_what_does_not_fit_is_a_row_that_says_so(small, monkeypatch):
     monkeypatch.setattr(table3, "timed", no_room)
     (row, _) = table3.measure(small, SMALL, machine, full, GRID, memory=10**12)
     assert row["status"] == "out of memory"
-    assert not table3.headlines([row])
+    assert not table3.headlines([row], SMALL.layers)
 
 
 def test_the_chapter_shows_gpus_and_says_where_there_is_none(tmp_path):
@@ -153,6 +179,20 @@ def test_a_real_shape_made_tiny_runs_anywhere(monkeypatch, capsys):
     assert re.search(r"decode_b64_r90_realised +bar 0.75: not measured", printed)
 
 
+def test_the_quick_table_measures_what_the_bars_need_and_nothing_else():
+    measured = table3.cases(LLAVA_7B, table3.QUICK)
+    rows = [
+        asdict(case) | {"prefill_seconds": [seconds] * 2, "decode_seconds": [seconds] * 2}
+        | ({"deciding_share": {"value": 0.1}} if case.method == "DyRate" else {})
+        for case in measured for seconds in [{"Full": 10.0, "native": 0.0}.get(case.method, 7.0)]
+    ]  # fmt: skip
+    found = table3.headlines(rows, 4)
+    assert set(table3.TABLE3_BARS) <= set(found) and found["prefill_realised_r50"]["value"] == pytest.approx(0.6)
+    for i in range(len(rows)):  # each is needed
+        fewer = table3.headlines([row for row in rows if row is not rows[i]], 4)
+        assert len(fewer) < len(found)
+
+
 def test_roofline_and_saving_by_hand():
     machine = Machine("any", macs_per_second=10.0, bytes_per_second=100.0, seconds_per_layer=0.0)
     assert machine.seconds(macs=5, n_bytes=200) == 2
@@ -160,6 +200,8 @@ def test_roofline_and_saving_by_hand():
     tokens, fast = [600] * LLAVA_7B.layers, Machine("any", 1e30, 1e12, 0.0)
     assert fast.step_seconds(LLAVA_7B, tokens, 4) == read_bytes(LLAVA_7B, tokens, 2, 4) / 1e12
     assert results.realised([10.0] * 3, [6.0] * 3, [5.0] * 3)["value"] == pytest.approx(0.8)
+    # two of four layers lie in both: the ideal is 7.5, not 5
+    assert results.realised([10.0] * 3, [8.0] * 3, [5.0] * 3, 0.5)["value"] == pytest.approx(0.8)
     assert results.ratio([10.0] * 3, [5.0] * 3) == {"value": 2, "low": 2, "high": 2, "n": 3}
 
 

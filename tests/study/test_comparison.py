@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 import dyrate
-from study.chapters.comparison import Comparison, finding, lineup, measure, short_answers
+from study.chapters.comparison import Comparison, finding, lineup, measure, relevance_sentence, short_answers
 
 
 def test_the_lineup_has_every_strategy_at_every_retention():
@@ -32,6 +32,17 @@ def test_a_trained_predictor_joins_with_its_own_budget_and_seed(tmp_path):
     assert measured.units == {"questions": "right answers (share)"} and set(measured.by_group.task) == {"questions"}
 
 
+def test_a_budget_in_tokens_is_measured_as_its_share(tmp_path):
+    settings = dict(
+        model="pocket", source="pocket", tasks=["qa_colour"], n=1, strategies=["FastV"], predictors="", pattern="",
+        max_new_tokens=2, batch_size=1, seed=0, store=tmp_path,
+    )  # fmt: skip
+    measured = measure(retentions=[72, 0.25], **settings)  # of 144
+    assert measured.retentions == [0.25, 0.5] and list(measured.by_task.label) == ["Full", "FastV 0.5", "FastV 0.25"]
+    with pytest.raises(ValueError, match="a budget of 192 tokens is more than the 144"):
+        measure(retentions=[192], **settings)
+
+
 def comparison(**scores):
     """Three samples under each method, whose scores differ from 0.6, 0.7, 0.8 by the same number."""
     rows = [
@@ -56,3 +67,9 @@ def test_the_finding_compares_with_random_pruning():
 def test_without_a_run_of_lmms_eval_only_what_was_reported_is_shown():
     table, measured, caption = short_answers("")
     assert measured is None and "measured" not in caption and "DyRate" in set(table.model)
+
+
+def test_what_cdpruners_relevance_is_worth_is_said_where_it_was_measured():
+    text = relevance_sentence(comparison(Full=0.2, CDPruner=0.05, DiversityAlone=-0.1), "description")
+    assert "scores higher than the same selection without relevance (+0.150, +0.150 to +0.150)" in text
+    assert "not measured" in relevance_sentence(comparison(Full=0.2, CDPruner=0.05), "description")

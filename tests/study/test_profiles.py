@@ -102,7 +102,7 @@ def test_the_estimate_counts_what_is_done(whole, sections):
         values = {**defaults(notebook), **sections[name]}
         stored = sum(len(json.loads(path.read_text())) for path in Path(values["store"]).glob("*/*.json"))
         values["ablations"] = [alike(line) for line in values.get("ablations", [])]
-        counted = planning.work(name, values, 6, ["evict-0.33", "evict-0.75"]).answers
+        counted = planning.work(name, values, ["evict-0.33", "evict-0.75"]).answers
         unstored = 2 * values["n_validation"] if name == "07_dynamics" else 0  # which two predictors answer
         assert counted - unstored == stored, name
 
@@ -193,7 +193,8 @@ def test_the_readmes_table_is_what_the_command_writes():
     ("03_comparison", {"n": "many"}, "n is a whole number of at least 1, not 'many'"),
     ("03_comparison", {"tasks": []}, "tasks is empty; the notebook's own is"),
     ("03_comparison", {"tasks": "caption"}, "tasks is a list such as"),
-    ("03_comparison", {"retentions": [0.5, 33]}, "retentions are shares of image tokens"),
+    ("03_comparison", {"retentions": [0.5, 33.5]}, "in (0, 1], or whole numbers of tokens, not [0.5, 33.5]"),
+    ("04_ablations", {"constant_retentions": [64]}, "shares of image tokens in (0, 1], not [64]"),
     ("02_predictor", {"checkpointing": "yes"}, "checkpointing is a bool such as False"),
 ])  # fmt: skip
 def test_values_that_no_chapter_can_run_with_are_named(chapter, values, message):

@@ -1,4 +1,4 @@
-"""The command line: `python -m study.bench prune|observe|memory`."""
+"""The command line: `python -m study.bench prune|growth|observe|memory`."""
 
 from __future__ import annotations
 
@@ -8,26 +8,30 @@ from pathlib import Path
 
 import study.bench
 from dyrate.cost import Shape
+from study.bench.growth import growth
 from study.bench.observing import observing
 from study.bench.runs import small_shape
 from study.bench.small import prune
 from study.bench.table3 import QUICK, SHAPES, Grid, show, table3
 from study.memory import overview
 
-DEFAULTS = {"prune": {"layers": 32, "width": 256}, "observe": {"layers": 8, "width": 512}}
+DEFAULTS = {
+    "prune": {"layers": 32, "width": 256}, "observe": {"layers": 8, "width": 512},
+    "growth": {"layers": 8, "width": 128, "side": 12, "repeats": 2},
+}  # fmt: skip
 COMMON = {"heads": 8, "side": 24, "new_tokens": 64, "repeats": 5}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=study.bench.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("prune", "observe", "memory"))
+    parser.add_argument("what", choices=("prune", "growth", "observe", "memory"))
     parser.add_argument("--shape", choices=SHAPES, help="measure the paper's Table III with these sizes")
-    parser.add_argument("--quick", action="store_true", help="with --shape: only one image, batch 1 and 64, 64 tokens")
-    parser.add_argument("--layers", type=int, help="default: 32 for prune, as LLaVA-1.5-7B has; 8 for observe")
-    parser.add_argument("--width", type=int, help="default: 256 for prune, 512 for observe")
+    parser.add_argument("--quick", action="store_true", help="with --shape: only what the bars need, a minute on an H100")
+    parser.add_argument("--layers", type=int, help="default: 32 for prune, as LLaVA-1.5-7B has; 8 for the others")
+    parser.add_argument("--width", type=int, help="default: 256 for prune, 128 for growth, 512 for observe")
     for name, value in COMMON.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default: {value}, or the shape's")
-    parser.add_argument("--out", type=Path, help="also write prune's results as JSON")
+    parser.add_argument("--out", type=Path, help="also write the results of prune or growth as JSON")
     given = parser.parse_args(argv)
     if given.what == "memory":
         shapes = {given.shape: SHAPES[given.shape]} if given.shape else SHAPES
@@ -43,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     shape = small_shape(given.layers, given.width, given.heads, given.side)
     if given.what == "prune":
         return prune(shape, given.new_tokens, given.repeats, given.out)
+    if given.what == "growth":
+        return growth(shape, given.repeats, given.out)
     observing(shape, given.new_tokens, given.repeats)
 
 

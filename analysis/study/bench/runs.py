@@ -12,10 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, StoppingCriteria
+from transformers import (
+    CLIPVisionConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    StoppingCriteria,
+)
 
 from dyrate.cost import Shape
-from dyrate.engine import decoder_layers, static_steps
+from dyrate.engine import decoder_layers, own_layers, static_steps
 from dyrate.predictor import RatePredictor
 from dyrate.strategies.dyrate import DyRate
 from dyrate.strategy import Strategy
@@ -61,12 +68,12 @@ def request(model, batch: int, new_tokens: int, *, images: int = 1, native: int 
 
     native: so many plain tokens in place of the images, whose pixels are given all the same.
     """
-    device, side = model.device, model.config.vision_config.image_size
-    middle = [IMAGE] * images * model.config.image_seq_length if native is None else [7] * native
+    device, side, image = model.device, model.config.vision_config.image_size, model.config.image_token_id
+    middle = [image] * images * model.config.image_seq_length if native is None else [7] * native
     ids = torch.tensor([[*BEFORE, *middle, *AFTER]] * batch, device=device)
     return dict(
         input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens, suppress_tokens=[IMAGE], return_dict_in_generate=True,
+        max_new_tokens=new_tokens, suppress_tokens=[image], return_dict_in_generate=True,
         pixel_values=torch.zeros(batch * images, 3, side, side, device=device, dtype=model.dtype),
     )  # fmt: skip
 
@@ -119,12 +126,13 @@ class Timing:
 
 def timed(
     model, batch: int, new_tokens: int, strategy: Strategy | None = None, *, images: int = 1, native: int | None = None,
-    static: bool = False, deciding: bool = False, warm: int = 0,
+    static: bool = False, deciding: bool = False, warm: int = 0, in_place: bool = False, clock: Clock | None = None,
 ) -> Timing:  # fmt: skip
     """One batch of answers. native: the limit, so many plain tokens in place of the images, the tower run beside.
 
     static: with `engine.static_steps`. deciding: also time what stands before the strategy's first layer, waiting for the
-    device on both sides. warm: answers before the one that counts; without any, attaching the strategy counts too.
+    device on both sides. warm: answers before the one that counts; without any, attaching the strategy counts too. in_place:
+    with a cache like that of strategies. clock: in place of a new one, for a single answer.
     """
     settings = request(model, batch, new_tokens, images=images, native=native)
     beside = settings.pop("pixel_values") if native is not None else None
@@ -143,7 +151,9 @@ def timed(
         if deciding:
             stack.enter_context(layer.register_forward_pre_hook(lambda *_: _tick(ticks)))
         for turn in range(warm + 1):
-            clock = Clock()
+            clock = clock if turn == 0 and clock else Clock()
+            if in_place:
+                settings["past_key_values"] = own_layers(DynamicCache(), len(decoder_layers(model)))
             if turn:
                 begun = time.perf_counter()
                 ticks.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,60 +14,112 @@ import dyrate
 from dyrate.atomic import write_whole
 from dyrate.cost import Shape
 from dyrate.seen import kept_count
-from dyrate.strategy import Strategy
 from study.bench import results
 from study.bench.machine import name_of_device
+from study.bench.profile import where_time_goes
 from study.bench.results import SMALL_BARS
 from study.bench.runs import Timing, build, forced, in_turn, timed
 
-BUDGET = 0.33
+BATCH, BUDGET, FIRST = 8, 0.33, 2
 STEPS = 17  # new tokens of the answers whose decode steps are timed
+POCKET = "evict-0.33-seed0"  # the predictor for the pocket LLaVA
+DECODED = {  # result: way, and which share of the image tokens its limit has
+    "decode_b8_r90_realised": ("fixed", 0.1),
+    "decode_b8_r90_each_step_realised": ("each step", 0.1),
+    "decode_b8_r90_mask_realised": ("mask", 0.1),
+    "decode_b8_dyrate_realised": ("DyRate", BUDGET),
+}
 
 
 def prune(shape: Shape, new_tokens: int, repeats: int, out: Path | None = None) -> None:
-    """Measure and print all cases, and what deciding costs; out: also write them there, as JSON.
+    """Measure and print all ratios, and where a step's time goes; out: also write them there, as JSON.
 
     new_tokens: of the answers by which keeping every token is compared with plain `generate`.
     """
     model = build(shape)
-    rows, ratios = [], {}
-    for name, (batch, length, retention, strategy) in cases(shape, new_tokens).items():
-        ways = {"plain": partial(timed, model, batch), "strategy": partial(timed, model, batch, strategy=strategy)}
-        if retention < 1:
-            ways["limit"] = partial(timed, model, batch, native=kept_count(shape.patches - 1, retention))
-        runs = in_turn(ways, length, repeats * (3 if batch == 1 else 1))  # short runs are noisier
-        ratios[name] = headline(runs, name.startswith("prefill"), length)
-        rows += [{"case": name, "way": way} | medians(timings) for way, timings in runs.items()]
-    decided = [timed(model, 8, STEPS, forced(shape, BUDGET, STEPS), deciding=True) for _ in range(repeats)]
-    ratios["deciding_share"] = results.deciding_share(decided)
+    measured = {
+        "whole": in_turn(whole(model), new_tokens, 3 * repeats),  # short runs are noisier
+        "prefill": in_turn(prefills(model), 1, 3 * repeats),
+        "decode": in_turn(decodes(model, shape), STEPS, repeats),
+        "pocket": in_turn(pocket(), STEPS, 3 * repeats),
+    }
+    decided = [timed(model, BATCH, STEPS, forced(shape, BUDGET, STEPS), deciding=True) for _ in range(repeats)]
+    ratios = headlines(measured, shape.layers) | {"deciding_share": results.deciding_share(decided)}
     about = {
         "device": name_of_device(), "image_tokens": shape.patches - 1, "layers": shape.layers, "width": shape.width,
-        "torch": torch.__version__, "budget": BUDGET, "retention": decided[0].retention,
+        "torch": torch.__version__, "batch": BATCH, "budget": BUDGET, "retention": decided[0].retention,
     }  # fmt: skip
+    rows = [{"case": case, "way": way} | medians(t) for case, ways in measured.items() for way, t in ways.items()]
+    spent = {
+        way: where_time_goes(model, BATCH, STEPS, strategy)
+        for way, strategy in (("plain", None), ("DyRate", forced(shape, BUDGET, STEPS)))
+    }
     show(about, rows, ratios)
     if out:
-        content = {"about": about, "bars": SMALL_BARS, "results": ratios, "table": rows}
+        content = {"about": about, "bars": SMALL_BARS, "results": ratios, "table": rows, "profile": spent}
         write_whole(out, json.dumps(content, indent=1) + "\n")
 
 
-def cases(shape: Shape, new_tokens: int) -> dict[str, tuple[int, int, float, Strategy]]:
-    """By the name of the result: batch, new tokens, retention, strategy."""
-    return {
-        "keep1_over_plain": (1, new_tokens, 1.0, dyrate.FastV(rate=0.0)),
-        "prefill_realised_r50": (1, 1, 0.5, dyrate.FastV(rate=0.5)),
-        "prefill_realised_r90": (1, 1, 0.1, dyrate.FastV(rate=0.9)),
-        "decode_b8_r90_realised": (8, STEPS, 0.1, dyrate.FastV(rate=0.9)),
-        "decode_b8_r90_each_step_realised": (8, STEPS, 0.1, dyrate.LinearAnneal(start=0.9, end=0.95, steps=100)),
-        "decode_b8_r90_mask_realised": (8, STEPS, 0.1, dyrate.Constant(rate=0.9, residency="mask")),
-        "decode_b8_dyrate_realised": (8, STEPS, BUDGET, forced(shape, BUDGET, STEPS)),
-    }
+def whole(model) -> dict[str, Callable]:
+    """Whole answers, plain and with a strategy that keeps all."""
+    return {"plain": partial(timed, model, 1), "all kept": partial(timed, model, 1, strategy=dyrate.FastV(rate=0.0))}
 
 
-def headline(runs: dict[str, list[Timing]], prefill: bool, new_tokens: int) -> dict:
-    """The realised share of the saving in the prefill or a decode step; without a limit, whole answers' time over plain."""
-    if "limit" in runs:
-        return results.realised(*([t.prefill if prefill else t.step for t in runs[w]] for w in ("plain", "strategy", "limit")))
-    return results.ratio(*([t.prefill + t.step * (new_tokens - 1) for t in runs[way]] for way in ("strategy", "plain")))
+def prefills(model) -> dict[str, Callable]:
+    """Prefill alone at batch 1."""
+    ways = {"plain": partial(timed, model, 1)}
+    for rate in (0.5, 0.9):
+        ways[f"R = {rate:g}"] = partial(timed, model, 1, strategy=dyrate.FastV(rate=rate))
+        ways[f"limit, R = {rate:g}"] = partial(timed, model, 1, native=_native(model, 1 - rate))
+    return ways
+
+
+def decodes(model, shape: Shape) -> dict[str, Callable]:
+    """Answers at batch 8; the limits and plain `generate` also with a cache that adds in place, as strategies have it."""
+    strategies = {
+        "all kept": dyrate.FastV(rate=0.0), "fixed": dyrate.FastV(rate=0.9),
+        "each step": dyrate.LinearAnneal(start=0.9, end=0.95, steps=100),
+        "mask": dyrate.Constant(rate=0.9, residency="mask"), "DyRate": forced(shape, BUDGET, STEPS),
+    }  # fmt: skip
+    ways = {way: partial(timed, model, BATCH, strategy=strategy) for way, strategy in strategies.items()}
+    for suffix, in_place in (("", False), (", in place", True)):
+        ways[f"plain{suffix}"] = partial(timed, model, BATCH, in_place=in_place)
+        for retention in (0.1, BUDGET):
+            native = _native(model, retention)
+            ways[f"limit, {retention:g}{suffix}"] = partial(timed, model, BATCH, native=native, in_place=in_place)
+    return ways
+
+
+def pocket() -> dict[str, Callable]:
+    """Answers of the pocket LLaVA at batch 1, plain and with a trained predictor."""
+    model, _ = dyrate.load("pocket", device="cpu")
+    strategy = dyrate.DyRate.from_pretrained(Path(dyrate.__file__).parents[1] / "data/pocket/dyrate" / POCKET)
+    return {"plain": partial(timed, model, 1), "DyRate": partial(timed, model, 1, strategy=strategy)}
+
+
+def _native(model, retention: float) -> int:
+    return kept_count(model.config.image_seq_length, retention)
+
+
+def headlines(measured: dict[str, dict[str, list[Timing]]], layers: int) -> dict[str, dict]:
+    """The ratios that have bars, and beside each decode's the same with the same cache on all sides."""
+
+    def steps(case: str, way: str) -> list[float]:
+        return [t.step for t in measured[case][way]]
+
+    def answers(way: str) -> list[float]:
+        return [t.prefill + float(t.steps.sum()) for t in measured["whole"][way]]
+
+    ratios = {"keep1_over_plain": results.ratio(answers("all kept"), answers("plain"))}
+    for name, rate in (("prefill_realised_r50", "0.5"), ("prefill_realised_r90", "0.9")):
+        ways = ("plain", f"R = {rate}", f"limit, R = {rate}")
+        ratios[name] = results.realised(*([t.prefill for t in measured["prefill"][way]] for way in ways), FIRST / layers)
+    for name, (way, retention) in DECODED.items():
+        for key, suffix in ((name, ""), (f"{name}_in_place", ", in place")):
+            ways = (f"plain{suffix}", way, f"limit, {retention:g}{suffix}")
+            ratios[key] = results.realised(*(steps("decode", w) for w in ways), FIRST / layers)
+    ratios["in_place_over_plain"] = results.ratio(steps("decode", "plain, in place"), steps("decode", "plain"))
+    return ratios | {"pocket_step_over_plain": results.ratio(steps("pocket", "DyRate"), steps("pocket", "plain"))}
 
 
 def medians(timings: list[Timing]) -> dict[str, float]:
@@ -78,7 +131,7 @@ def medians(timings: list[Timing]) -> dict[str, float]:
 def show(about: dict, rows: list[dict], ratios: dict[str, dict]) -> None:
     """Print the times behind the ratios, and the ratios beside their bars."""
     print("{image_tokens} image tokens, {layers} layers x {width}, first pruned layer 2, {device}".format(**about))
-    print(f"{'case':34}{'way':10}{'prefill ms':>12}{'ms / token':>12}{'cache MiB':>12}")
+    print(f"{'case':12}{'way':24}{'prefill ms':>12}{'ms / token':>12}{'cache MiB':>12}")
     for row in rows:
-        print("{case:34}{way:10}{prefill_ms:12.1f}{ms_per_token:12.2f}{cache_mib:12.1f}".format(**row))
+        print("{case:12}{way:24}{prefill_ms:12.1f}{ms_per_token:12.2f}{cache_mib:12.1f}".format(**row))
     results.show(ratios, SMALL_BARS)

@@ -38,16 +38,27 @@ ON_CPU = 2**28  # parameters that a CPU is asked to carry at most
 
 @dataclass(frozen=True)
 class Grid:
-    """What is measured. budgets: of DyRate. lengths: new tokens, ascending; one answer of the longest gives all."""
+    """What is measured. budgets: of DyRate. lengths: new tokens, ascending; one answer of the longest gives all.
+
+    only_bars: leave out what no bar needs.
+    """
 
     budgets: Sequence[float] = (0.25, 0.33, 0.5, 0.75)
     batches: Sequence[int] = (1, 8, 32, 64)
     images: Sequence[int] = (1, 4)
     lengths: Sequence[int] = (64, 256, 1024)
     repeats: int = 3
+    only_bars: bool = False
 
 
-QUICK = Grid(budgets=(0.33,), batches=(1, 64), images=(1,), lengths=(64,))
+QUICK = Grid(budgets=(0.33,), batches=(1, 64), images=(1,), lengths=(32,), repeats=2, only_bars=True)  # a minute on an H100
+HEADLINES = (  # result, and what it compares with Full and native: method, its budget, batch, static, part of the answer
+    ("prefill_realised_r50", "FastV", 0.5, 1, False, "prefill"),
+    ("prefill_realised_r90", "FastV", 0.1, 1, False, "prefill"),
+    ("decode_b64_r90_realised", "FastV", 0.1, 64, True, "decode"),
+    ("decode_b64_dyrate_realised", "DyRate", 0.33, 64, True, "decode"),
+)
+FIRST = 2  # pruned layer, of those
 
 
 @dataclass(frozen=True)
@@ -92,13 +103,22 @@ class Case:
 def cases(shape: Shape, grid: Grid) -> list[Case]:
     """Eager ones first. VTW withdraws in the middle of a decoder that is too shallow for its 16 layers."""
     half = min(16, shape.layers // 2)
-    methods = [("Full", 0, 1.0), ("FastV", 3, 0.5), ("FastV", 2, 0.5), ("FastV", 2, 0.1), ("VTW", half, 0.0)]
-    methods += [("DyRate", 2, budget) for budget in grid.budgets]
+    methods = [("Full", 0, 1.0), ("FastV", 3, 0.5), ("FastV", FIRST, 0.5), ("FastV", FIRST, 0.1), ("VTW", half, 0.0)]
+    methods += [("DyRate", FIRST, budget) for budget in grid.budgets]
     methods += [("native", 0, budget) for budget in sorted({budget for _, _, budget in methods} - {1.0})]
-    return [
+    every = [
         Case(*method, batch, images, static)
         for static, images, batch, method in product((False, True), grid.images, grid.batches, methods)
     ]
+    return [case for case in every if not grid.only_bars or _has_bar(case)]
+
+
+def _has_bar(case: Case) -> bool:
+    """Whether some headline is computed from this case."""
+    return any(
+        (case.method, case.first_pruned_layer, case.budget) in (("Full", 0, 1.0), ("native", 0, budget), (method, FIRST, budget))
+        for _, method, budget, batch, static, _ in HEADLINES if (case.batch, case.static) == (batch, static)
+    )  # fmt: skip
 
 
 def table3(name: str, shape: Shape, grid: Grid, out: Path | None = None) -> dict:
@@ -118,7 +138,7 @@ def table3(name: str, shape: Shape, grid: Grid, out: Path | None = None) -> dict
         mine |= {"machine": speeds, "dtype": str(model.dtype).removeprefix("torch.")}
     for case in tqdm(todo, desc=name):
         mine["rows"][case.key] = measure(model, shape, machine, case, grid, memory)
-        mine["results"] = headlines([row for rows in mine["rows"].values() for row in rows])
+        mine["results"] = headlines([row for rows in mine["rows"].values() for row in rows], shape.layers)
         if out:
             write_whole(out, json.dumps(content, indent=1) + "\n")
     return mine
@@ -196,7 +216,7 @@ def _numbers(runs: list[Timing], batch: int, new_tokens: int) -> dict:
     }  # fmt: skip
 
 
-def headlines(rows: list[dict]) -> dict[str, dict]:
+def headlines(rows: list[dict], n_layers: int) -> dict[str, dict]:
     """The results that have bars, as far as what they need was measured, at the shortest length with one image."""
 
     def seconds(part: str, **wanted) -> list[float]:
@@ -204,16 +224,12 @@ def headlines(rows: list[dict]) -> dict[str, dict]:
         return next(matching, {}).get(f"{part}_seconds", [])
 
     ratios = {}
-    for name, budget, batch, static, part in (
-        ("prefill_realised_r50", 0.5, 1, False, "prefill"),
-        ("prefill_realised_r90", 0.1, 1, False, "prefill"),
-        ("decode_b64_r90_realised", 0.1, 64, True, "decode"),
-    ):  # fmt: skip
+    for name, method, budget, batch, static, part in HEADLINES:
         how = {"batch": batch, "static": static}
-        pruned = seconds(part, method="FastV", first_pruned_layer=2, budget=budget, **how)
+        pruned = seconds(part, method=method, first_pruned_layer=FIRST, budget=budget, **how)
         runs = seconds(part, method="Full", **how), pruned, seconds(part, method="native", budget=budget, **how)
         if all(runs):
-            ratios[name] = results.realised(*runs)
+            ratios[name] = results.realised(*runs, FIRST / n_layers)
     shares = [row["deciding_share"] for row in rows if row["static"] and "deciding_share" in row]
     if shares:
         ratios["deciding_share"] = max(shares, key=lambda share: share["value"])

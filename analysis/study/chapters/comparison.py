@@ -10,8 +10,9 @@ import pandas as pd
 
 import dyrate
 from dyrate.data import Examples
+from dyrate.generation import encode
 from dyrate.models import describe
-from dyrate.strategies import STRATEGIES
+from dyrate.strategy import STRATEGIES, retention_of
 from study import controls  # noqa: F401  (registers its strategies)
 from study.answers import Condition, answer_all
 from study.book import ROOT, Chapter
@@ -32,11 +33,15 @@ INTERVAL = ["value", "low", "high", "n"]
 
 @dataclass
 class Comparison:
-    """What the chapter measured. about: `dyrate.models.describe` of the model; rows: `scored` answers of all conditions."""
+    """What the chapter measured. about: `dyrate.models.describe` of the model; rows: `scored` answers of all conditions.
+
+    retentions: the ratios compared, ascending.
+    """
 
     about: dict
     examples: Examples
     rows: pd.DataFrame
+    retentions: Sequence[float] = ()
 
     @cached_property
     def by_task(self) -> pd.DataFrame:
@@ -85,13 +90,30 @@ def measure(
     examples = study_examples(source, n, tasks=tasks, seed=seed)
     loaded, processor = dyrate.load(model, device_map=device_map or None)
     about = describe(loaded)
+    if any(x > 1 for x in retentions):
+        tokens = image_tokens(loaded, processor, examples)
+        retentions = [retention_of(x, tokens) for x in retentions]
     conditions = lineup(retentions, about["layers"], strategies, scenes=has_scenes(examples))
     if predictors:
         conditions += [condition_of(folder) for folder in sorted((ROOT / predictors).glob(pattern))]
     answers = answer_all(
         loaded, processor, conditions, examples, ROOT / store, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed
     )
-    return Comparison(about, examples, scored(answers, examples))
+    return Comparison(about, examples, scored(answers, examples), sorted(retentions))
+
+
+def image_tokens(model, processor, examples: Examples) -> int:
+    """Tokens of an image, of which a budget in tokens is a share. Raises ValueError where images take unequal numbers."""
+    counts = set()
+    for batch, images in examples.batches(8):
+        ids = encode(processor, images, [e.prompt for e in batch])["input_ids"]
+        counts |= set((ids == model.config.image_token_id).sum(1).tolist())
+    if len(counts) != 1:
+        raise ValueError(
+            f"these images take {min(counts)} to {max(counts)} tokens each in this {model.config.model_type!r} model, so that a "
+            "number of tokens is no one share: give retentions as shares in (0, 1]"
+        )
+    return counts.pop()
 
 
 def lineup(retentions: Sequence[float], n_layers: int, names: Sequence[str] = (), *, scenes: bool = True) -> list[Condition]:
@@ -100,14 +122,18 @@ def lineup(retentions: Sequence[float], n_layers: int, names: Sequence[str] = ()
     scenes: False for photographs, of which nobody knows what they show: without the strategies that need to. Raises
     ValueError for a name that no strategy has.
     """
-    known = {name: cls for name, cls in STRATEGIES.items() if scenes or "scene" not in cls.needs}
-    chosen = list(names) or [name for name, cls in known.items() if cls.compared and name != "Full"]
-    if unknown := set(chosen) - set(STRATEGIES):
-        raise ValueError(f"no strategy is called {sorted(unknown)}; there are {sorted(STRATEGIES)}")
     conditions = [Condition("Full", STRATEGIES["Full"](), "Full")]
-    for name in chosen:
+    for name in methods(names, scenes=scenes):
         conditions += [Condition(f"{name} {x:g}", STRATEGIES[name].at(x, n_layers), name, x) for x in retentions]
     return conditions
+
+
+def methods(names: Sequence[str] = (), *, scenes: bool = True) -> list[str]:
+    """The strategies beside Full in `lineup`, by name."""
+    if unknown := set(names) - set(STRATEGIES):
+        raise ValueError(f"no strategy is called {sorted(unknown)}; there are {sorted(STRATEGIES)}")
+    every = [name for name, cls in STRATEGIES.items() if cls.compared and (scenes or "scene" not in cls.needs)]
+    return list(names) or [name for name in every if name != "Full"]
 
 
 def group_of(task: str) -> str:
@@ -144,6 +170,17 @@ def record_ranking(chapter: Chapter, measured: Comparison, task: str) -> None:
     )
     nothing = "This needs FastV and what ranks otherwise among the strategies: it was not measured here."
     chapter.text("fastv_ranking", sentence if parts else nothing)
+
+
+def relevance_sentence(measured: Comparison, task: str) -> str:
+    """What CDPruner gains by the relevance that stands here in place of its authors', where both were compared."""
+    if not {"CDPruner", "DiversityAlone"} <= set(measured.rows.method):
+        return "What CDPruner's relevance is worth was not measured in this run."
+    gain = measured.difference("CDPruner", "DiversityAlone", task)
+    return (
+        "CDPruner's relevance is another here than its authors', who ask CLIP's text tower: from the instruction's embeddings it "
+        f"{verdict(gain)} the same selection without relevance ({gain['value']:+.3f}, {gain['low']:+.3f} to {gain['high']:+.3f})."
+    )
 
 
 def finding(measured: Comparison, task: str, retention: float) -> str:

@@ -29,10 +29,12 @@ LABELS = {
     "prefill_realised_r90": "prefill, R = .9",
     "decode_b8_r90_realised": "decode, batch 8, R = .9",
     "decode_b64_r90_realised": "decode, batch 64, R = .9",
+    "decode_b64_dyrate_realised": "decode, batch 64, DyRate at a forced rate",
     "decode_b8_r90_each_step_realised": "the same, a new rate each step",
     "decode_b8_dyrate_realised": "decode, batch 8, DyRate at a forced rate",
     "decode_b8_r90_mask_realised": "decode, batch 8, R = .9, masked",
     "deciding_share": "deciding / decode step (time)",
+    "pocket_step_over_plain": "a step at batch 1 / plain, pocket LLaVA (time)",
 }
 COMMAND = "python -m study.bench prune --shape llava-1.5-7b --out data/results/<gpu>/bench.json"
 
@@ -117,6 +119,7 @@ def savings(measured: dict) -> pd.DataFrame:
     results, bars = measured["results"], measured["bars"]
     return pd.DataFrame(
         {"case": label, "bar": bars.get(key, float("nan"))} | results[key]
+        | {"same cache": results.get(f"{key}_in_place", {}).get("value", float("nan"))}
         for key, label in LABELS.items() if "realised" in key and key in results
     )  # fmt: skip
 
@@ -132,9 +135,30 @@ def verdicts(results: dict, bars: dict) -> pd.DataFrame:
 
 def medians(measured: dict) -> pd.DataFrame:
     """The times and sizes behind the ratios of the small bench."""
-    table = pd.DataFrame(measured["table"])
     names = {"prefill_ms": "prefill (ms)", "ms_per_token": "a decode step (ms)", "cache_mib": "cache (MiB)"}
-    return table.assign(case=table.case.map(LABELS))[["case", "way", *names]].rename(columns=names)
+    return pd.DataFrame(measured["table"])[["case", "way", *names]].rename(columns=names)
+
+
+def grown(measured: dict) -> pd.DataFrame:
+    """What `study.bench.growth` wrote, for the page: seconds of a plain answer, and the others relative to it."""
+    names = {"image_tokens": "image tokens", "new_tokens": "new tokens", "plain_s": "plain (s)"}
+    return pd.DataFrame(measured["table"]).rename(columns=names)
+
+
+def profile_sentence(measured: dict) -> str:
+    """Where the time of a decode step goes, plain and with DyRate, and what follows from it."""
+    plain, pruned = (measured["profile"][way] for way in ("plain", "DyRate"))
+    whole, left = sum(plain.values()), sum(pruned.values())
+    in_place = measured["results"]["in_place_over_plain"]
+    return (
+        f"Where does a step of batch {measured['about']['batch']} go? Plain: {100 * plain['linear layers'] / whole:.0f} % into "
+        f"linear layers, {100 * plain['attention'] / whole:.0f} % into attention, and {100 * plain['copies'] / whole:.0f} % into "
+        "copies, nearly all of them of the cache, which transformers copies whole to add one token. The engine adds in place, by "
+        f"which alone, with every token kept, a step takes {in_place['value']:.2f} of plain's time. With DyRate "
+        f"{100 * pruned['linear layers'] / left:.0f} % are linear layers, {100 * pruned['attention'] / left:.0f} % attention, "
+        f"{100 * pruned['copies'] / left:.0f} % copies (of what stays, when reading past what is evicted has cost as much), and "
+        f"{100 * pruned['observation'] / left:.1f} % the observed row of attention; the rest is small operations and Python."
+    )
 
 
 def bench_sentence(measured: dict) -> str:
@@ -152,7 +176,7 @@ def deciding_sentence(measured: dict) -> str:
     return (
         f"With DyRate at a forced mean retention of {about['retention']:.2f}, observation, predictor and dropping take "
         f"{100 * share['value']:.1f} % of a decode step ({100 * share['low']:.1f} to {100 * share['high']:.1f} %, n = "
-        f"{share['n']}; batch 8, {about['layers']} layers of width {about['width']}, {about['device']})."
+        f"{share['n']}; batch {about['batch']}, {about['layers']} layers of width {about['width']}, {about['device']})."
     )
 
 
@@ -248,10 +272,10 @@ def record(
     chapter.number("tower_percent", 100 * tower / (tower + prefill_macs(LLAVA_7B, held(text))))
     for key, result in measured["results"].items():
         chapter.number(key, result)
-    chapter.number("bound", 1 - 2 / measured["about"]["layers"])
     chapter.number("deciding_bar_percent", 100 * TABLE3_BARS["deciding_share"])
     chapter.text("bench_on", bench_sentence(measured))
     chapter.text("deciding", deciding_sentence(measured))
+    chapter.text("profile", profile_sentence(measured))
     chapter.text("efficiency_finding", finding(left, measured["results"]))
 
 
