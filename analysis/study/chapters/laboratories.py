@@ -16,9 +16,9 @@ import pandas as pd
 
 from dyrate.strategies import STRATEGIES
 from study import controls  # noqa: F401  (registers its strategies)
-from study.book import ROOT, Chapter
+from study.book import NUMBER, ROOT, Chapter
 from study.chapters.attention import MEASURES
-from study.intervals import bootstrap, verdict
+from study.intervals import bootstrap, bootstrap_crossed, verdict
 from study.quality import BARS
 from study.reference import METHODS, RETENTIONS
 
@@ -195,10 +195,28 @@ def verdicts(laboratories: tuple[Laboratory, ...]) -> pd.DataFrame:
              "text": _said(of.loc["Oracle"])},
             {"finding": "Tokens may return (FastVRerank) against gone for good (FastV)", "laboratory": lab.name,
              "text": _said(lab.difference("methods", TASK, *late))},
+            {"finding": "DyRate against the constant rate of its own mean retention", "laboratory": lab.name,
+             "text": _said(compared.loc[TASK]) if len(compared := dynamic(lab).set_index("task")) else "no predictor trained"},
             {"finding": "Attention to the image, last third of an answer against the first (deep layers)", "laboratory": lab.name,
              "text": "; ".join(f"{m.replace('_', ' ')} {_percent(changes.loc[m])}" for m in MEASURES)},
         ]  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def dynamic(lab: Laboratory) -> pd.DataFrame:
+    """DyRate minus the constant rate of its own mean retention, by task, over samples and seeds; empty if none is trained."""
+    if not (lab.folder / "reference_constants.csv.gz").exists():
+        return pd.DataFrame(columns=["task", *NUMBER])
+    rows = lab.rows("constants")
+    result = []
+    for task, of in rows[rows.method != "Full"].groupby("task", sort=False):
+        scores = of.pivot(index="sample", columns=["method", "seed"], values="score")
+        difference = (scores["DyRate"] - scores["Constant"]).dropna()
+        means = of.groupby("method")[["retention", "score"]].mean()
+        row = {"task": task, **bootstrap_crossed(difference.to_numpy())}
+        row |= {"DyRate": means.score["DyRate"], "constant": means.score["Constant"]}
+        result.append(row | {"retention": means.retention["DyRate"], "retention of constant": means.retention["Constant"]})
+    return pd.DataFrame(result)
 
 
 def attention(lab: Laboratory) -> pd.DataFrame:
@@ -220,6 +238,18 @@ def verdicts_shown(table: pd.DataFrame) -> pd.DataFrame:
     """`verdicts` with a column for each laboratory."""
     shown = table.pivot(index="finding", columns="laboratory", values="text")
     return shown.loc[list(dict.fromkeys(table.finding)), list(dict.fromkeys(table.laboratory))].reset_index()
+
+
+def dynamic_said(laboratories: tuple[Laboratory, ...]) -> str:
+    """Where DyRate gains over a constant rate, by task, on the models that have trained predictors."""
+    parts = []
+    for lab in laboratories:
+        of = dynamic(lab)
+        for row in of.itertuples():
+            shares = f"{row.DyRate:.2f} and {row.constant:.2f} at a retention ratio of {row.retention:.2f}"
+            said = _said({"value": row.value, "low": row.low, "high": row.high})
+            parts.append(f"{lab.name}, {row.task.removeprefix('qa_').replace('_', ' ')}: {said}, {shares}")
+    return "; ".join(parts) or "no predictor is trained for these models yet"
 
 
 def confound(laboratories: tuple[Laboratory, ...]) -> str:
@@ -291,6 +321,7 @@ def oracle(laboratories: tuple[Laboratory, ...]) -> str:
 def record(chapter: Chapter, laboratories: tuple[Laboratory, ...]) -> None:
     """The chapter's headline numbers, sentences and tables."""
     tables = {"bars": bars(laboratories), "needs": needs(laboratories), "layers": scan(laboratories)}
+    tables["dyrate"] = pd.concat([dynamic(lab).assign(laboratory=lab.name) for lab in laboratories], ignore_index=True)
     asked = [(task, x) for task in (TASK, "caption") for x in RETENTIONS]
     tables["methods"] = pd.concat([against_random(laboratories, task, x).assign(task=task, budget=x) for task, x in asked])
     for name, table in tables.items():
@@ -308,6 +339,7 @@ def record(chapter: Chapter, laboratories: tuple[Laboratory, ...]) -> None:
         chapter.text(f"{key}_tasks", _tasks_said(lab.name, moving, easy, unable))
     chapter.text("laboratories_finding", finding(laboratories))
     chapter.text("laboratories_oracle", oracle(laboratories))
+    chapter.text("laboratories_dyrate", dynamic_said(laboratories))
     chapter.text("front_page", front_page(laboratories))
     early = methods[(methods.laboratory == laboratories[-1].name) & methods.published].sort_values("macs_share")
     shares = ", ".join(f"{row.method} {100 * row.macs_share:.0f} %" for row in early.itertuples())
