@@ -21,7 +21,10 @@ def bootstrap(
     if n == 0:
         return {"value": float("nan"), "low": float("nan"), "high": float("nan"), "n": 0}
     rng = np.random.default_rng(seed)
-    resampled = [statistic(values[rng.integers(0, n, n)], axis=0) for _ in range(resamples)]
+    if values.ndim == 1 and statistic is np.mean and n < 5000:  # the same draws at once, ten times as fast
+        resampled = values[rng.integers(0, n, (resamples, n))].mean(1)
+    else:
+        resampled = [statistic(values[rng.integers(0, n, n)], axis=0) for _ in range(resamples)]
     tail = (1 - level) / 2
     low, high = np.nanquantile(resampled, [tail, 1 - tail], axis=0) if n > 1 else (-np.inf, np.inf)
     value = statistic(values, axis=0)

@@ -147,7 +147,7 @@ def test_photographs_go_through_the_notebook(tmp_path):
     assert {key: content["numbers"][key]["value"] for key in ("n_answers", "n_unreadable", "n_missing")} == {
         "n_answers": 4, "n_unreadable": 1, "n_missing": 1,
     }  # fmt: skip
-    assert "4 answers to photographs of" in content["texts"]["measured_on"]
+    assert "4 answers (caption) to photographs of" in content["texts"]["measured_on"]
     assert "(1 unreadable and 1 missing left out)" in content["texts"]["measured_on"] and content["protocol"][0]["n"] == 4
     assert len(content["left_out"]) == 2 and names[1] in content["left_out"][1]
     said = [line for line in done.stderr.splitlines() if line.startswith("01_attention: warning: ")]
