@@ -301,7 +301,8 @@ def snapshot(model):
 @pytest.mark.parametrize("name", dyrate.STRATEGIES)
 def test_the_model_is_left_as_found(family, name):
     model, inputs = family
-    before, plain = snapshot(model), generate(model, inputs)
+    plain = generate(model, inputs)  # first: transformers puts hooks of its own into a model at its first forward pass
+    before = snapshot(model)
     with applied(make(name), model, inputs):
         generate(model, inputs)
     assert snapshot(model) == before
