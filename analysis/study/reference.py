@@ -27,6 +27,7 @@ from dyrate.models import describe
 from dyrate.recording import record_examples
 from dyrate.strategies import STRATEGIES
 from study.answers import Condition, answer_all
+from study.compared import METHODS, RETENTIONS
 from study.examples import TASKS, SceneExample, examples
 from study.pocket.language import PROMPTS
 from study.pocket.scenes import compose, render
@@ -36,11 +37,6 @@ from study.scores import scored, slot_scores
 SCANNED = ("description", "qa_two_step", "qa_total", "qa_long_word")
 COMPARED = ("description", "backwards", "look_late", "qa_long_word", "qa_two_step")  # DyRate against constants
 SLOTS = ("object", "colour", "count", "place")
-RETENTIONS = (0.5, 0.25, 0.1)
-METHODS = (
-    "FastV", "RandomPrune", "Oracle", "UniformPool", "FastVRerank", "LinearAnneal", "PyramidDrop", "SparseVLM", "VisionZip",
-    "PruMerge", "DivPrune", "DART", "VisPruner", "CDPruner",
-)  # fmt: skip
 
 
 class OtherPicture(SceneExample):

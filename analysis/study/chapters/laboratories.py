@@ -18,9 +18,9 @@ from dyrate.strategies import STRATEGIES
 from study import controls  # noqa: F401  (registers its strategies)
 from study.book import NUMBER, ROOT, Chapter
 from study.chapters.attention import MEASURES
+from study.compared import METHODS, RETENTIONS
 from study.intervals import bootstrap, bootstrap_crossed, verdict
 from study.quality import BARS
-from study.reference import METHODS, RETENTIONS
 
 LABORATORIES = ("pocket-dropped", "pocket-plain", "smol")
 TRAINED = {
