@@ -40,7 +40,7 @@ class Seen:
 
     step: 0 in the prefill, then 1, 2, ... for each new token. layer: the first layer that will miss what is dropped now.
     image: True at real image tokens (rows with fewer than others are padded at the end). kept: those that may be kept; held:
-    those in use until now, fewer where tokens may return.
+    those in use until now, fewer where dropped tokens are re-selectable.
     positions: of each image token in the prompt. segments: the kind of each prompt position. observed: the attention of
     each observed layer in this pass. columns: prompt position of each key of the layer before, None if all are there.
     examples: which example each row is, where the caller told.

@@ -19,7 +19,7 @@ from study import controls  # noqa: F401  (registers its strategies)
 from study.book import NUMBER, ROOT, Chapter
 from study.chapters.attention import MEASURES
 from study.compared import METHODS, RETENTIONS
-from study.intervals import bootstrap, bootstrap_crossed, verdict
+from study.intervals import bootstrap, bootstrap_crossed
 from study.quality import BARS
 
 LABORATORIES = ("pocket-dropped", "pocket-plain", "smol")
@@ -193,7 +193,7 @@ def verdicts(laboratories: tuple[Laboratory, ...]) -> pd.DataFrame:
              "text": f"{above} above, {below} below, {neither} neither, of {len(PUBLISHED)}"},
             {"finding": "Knowing the patches that show something (Oracle) against random pruning", "laboratory": lab.name,
              "text": _said(of.loc["Oracle"])},
-            {"finding": "Tokens may return (FastVRerank) against gone for good (FastV)", "laboratory": lab.name,
+            {"finding": "Dropped tokens re-selectable (FastVRerank) against evicted (FastV)", "laboratory": lab.name,
              "text": _said(lab.difference("methods", TASK, *late))},
             {"finding": "DyRate against the constant rate of its own mean retention", "laboratory": lab.name,
              "text": _said(compared.loc[TASK]) if len(compared := dynamic(lab).set_index("task")) else "no predictor trained"},
@@ -203,6 +203,7 @@ def verdicts(laboratories: tuple[Laboratory, ...]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+@cache
 def dynamic(lab: Laboratory) -> pd.DataFrame:
     """DyRate minus the constant rate of its own mean retention, by task, over samples and seeds; empty if none is trained."""
     if not (lab.folder / "reference_constants.csv.gz").exists():
@@ -226,7 +227,7 @@ def attention(lab: Laboratory) -> pd.DataFrame:
 
 
 def _said(difference) -> str:
-    mark = {"scores higher than": "higher", "scores lower than": "lower"}.get(verdict(difference), "no difference")
+    mark = "higher" if difference["low"] > 0 else "lower" if difference["high"] < 0 else "no difference"
     return f"{mark} ({difference['value']:+.3f}, {difference['low']:+.3f} to {difference['high']:+.3f})"
 
 
@@ -244,11 +245,9 @@ def dynamic_said(laboratories: tuple[Laboratory, ...]) -> str:
     """Where DyRate gains over a constant rate, by task, on the models that have trained predictors."""
     parts = []
     for lab in laboratories:
-        of = dynamic(lab)
-        for row in of.itertuples():
+        for _, row in dynamic(lab).iterrows():
             shares = f"{row.DyRate:.2f} and {row.constant:.2f} at a retention ratio of {row.retention:.2f}"
-            said = _said({"value": row.value, "low": row.low, "high": row.high})
-            parts.append(f"{lab.name}, {row.task.removeprefix('qa_').replace('_', ' ')}: {said}, {shares}")
+            parts.append(f"{lab.name}, {row.task.removeprefix('qa_').replace('_', ' ')}: {_said(row)}, {shares}")
     return "; ".join(parts) or "no predictor is trained for these models yet"
 
 

@@ -113,11 +113,8 @@ class Lab(nn.Module):
         features = inner.multi_modal_projector(patches)
         hidden = torch.where(image[..., None], torch.zeros_like(hidden), hidden)
         first = int(image[0].nonzero()[0])  # the image stands at the same place in every row
-        hidden = torch.cat([hidden[:, :first], features.to(hidden.dtype), hidden[:, first + N_PATCHES :]], 1)
-        order = torch.arange(ids.shape[1], device=ids.device)
-        # a turn sees the shared prefix (turn 0) and itself
-        allowed = (order[:, None] >= order) & ((turn[:, None, :] == 0) | (turn[:, :, None] == turn[:, None, :]))
-        bias = torch.zeros(allowed.shape, dtype=features.dtype, device=ids.device).masked_fill(~allowed, -1e4)
+        hidden = with_image(hidden, features, first)
+        bias = packed_bias(turn, features.dtype)
         cos, sin = inner.language_model.rotary_emb(hidden, positions)
         for i, layer in enumerate(inner.language_model.layers):
             if i == drop_layer and n_kept < N_PATCHES:
@@ -142,6 +139,18 @@ class Lab(nn.Module):
                 if (here := slot == code).any():
                     scores[prefix + name] = right[here].mean()
         return loss + 0.3 * noun_loss, scores
+
+
+def packed_bias(turn: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the attention scores of packed turns (row, length): each sees the shared prefix (turn 0) and itself."""
+    order = torch.arange(turn.shape[1], device=turn.device)
+    allowed = (order[:, None] >= order) & ((turn[:, None, :] == 0) | (turn[:, :, None] == turn[:, None, :]))
+    return torch.zeros(allowed.shape, dtype=dtype, device=turn.device).masked_fill(~allowed, -1e4)
+
+
+def with_image(hidden: Tensor, features: Tensor, first: int) -> Tensor:
+    """Embeddings (row, length, width) with the projected patches in place of the image tokens, which begin at `first`."""
+    return torch.cat([hidden[:, :first], features.to(hidden.dtype), hidden[:, first + N_PATCHES :]], 1)
 
 
 def resembles(features: Tensor, words: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:

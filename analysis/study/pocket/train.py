@@ -62,24 +62,13 @@ class Run:
 
     def save(self, optimizers: list[torch.optim.Optimizer]) -> None:
         tensors = {f"lab.{k}": v for k, v in self.lab.state_dict().items() if k != "model.lm_head.weight"}
-        for name, p in self.lab.named_parameters():
-            for optimizer in optimizers:
-                tensors |= {f"moments.{name}:{k}": v for k, v in optimizer.state.get(p, {}).items()}
-        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        about = {"config": asdict(self.config), "done": self.done, "seconds": self.seconds, "history": self.history}
-        write_whole(self.work / "state.safetensors", lambda p: save_file(tensors, p, metadata={"about": json.dumps(about)}))
+        write_state(self, tensors, dict(self.lab.named_parameters()), optimizers)
 
     def load(self) -> dict[str, Tensor]:
         """Take up the last checkpoint, if there is one; returns the optimizer's tensors."""
-        path = self.work / "state.safetensors"
-        if not path.exists():
-            return {}
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["about"])
-        tensors = load_file(path)
+        tensors, moments = read_state(self)
         self.lab.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("lab.")}, strict=False)
-        self.done, self.seconds, self.history = about["done"], about["seconds"], about["history"]
-        return {k[8:]: v for k, v in tensors.items() if k.startswith("moments.")}
+        return moments
 
     def train(self) -> None:
         moments = self.load()
@@ -92,13 +81,7 @@ class Run:
         config, steps = self.config, getattr(self.config, f"{stage}_steps")
         optimizers = self.optimizers(stage)
         if self.done[stage]:
-            parameters = dict(self.lab.named_parameters())
-            for optimizer in optimizers:
-                held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-                for key, value in moments.items():
-                    name, moment = key.split(":")
-                    if id(p := parameters[name]) in held:
-                        optimizer.state[p][moment] = value if moment == "step" else value.to(p.device)
+            restore_moments(moments, dict(self.lab.named_parameters()), optimizers)
         if stage == "language" and self.done[stage] == 0:
             pixels = normalized(Batches(stage, config, 0, self.processor)[0]["pixels"].to(self.device))
             with torch.no_grad():
@@ -159,6 +142,41 @@ class Run:
             "scenes_seen": scenes, "steps": self.done, **made(self.device, self.seconds), "history": self.history,
         }  # fmt: skip
         write_whole(out / "training.json", json.dumps(record, indent=1) + "\n")
+
+
+# -- a training's state on disk, of any run with `work`, `config`, `done`, `seconds` and `history` ---------------------------
+
+
+def write_state(run, tensors: dict[str, Tensor], parameters: dict, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Write `tensors`, the optimizers' moments of each named parameter, and how far the run is."""
+    for name, p in parameters.items():
+        for optimizer in optimizers:
+            tensors = tensors | {f"moments.{name}:{k}": v for k, v in optimizer.state.get(p, {}).items()}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    about = {"config": asdict(run.config), "done": run.done, "seconds": run.seconds, "history": run.history}
+    write_whole(run.work / "state.safetensors", lambda p: save_file(tensors, p, metadata={"about": json.dumps(about)}))
+
+
+def read_state(run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors and the moments of the last checkpoint, both empty where there is none; the run is as far as it was."""
+    path = run.work / "state.safetensors"
+    if not path.exists():
+        return {}, {}
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["about"])
+    run.done, run.seconds, run.history = about["done"], about["seconds"], about["history"]
+    tensors = load_file(path)
+    return tensors, {k.removeprefix("moments."): v for k, v in tensors.items() if k.startswith("moments.")}
+
+
+def restore_moments(moments: dict[str, Tensor], parameters: dict, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Give each optimizer the moments of the parameters that it holds."""
+    for optimizer in optimizers:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for key, value in moments.items():
+            name, moment = key.split(":")
+            if id(p := parameters[name]) in held:
+                optimizer.state[p][moment] = value if moment == "step" else value.to(p.device)
 
 
 def made(device: str, seconds: float) -> dict:

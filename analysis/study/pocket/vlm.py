@@ -54,13 +54,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def build_processor() -> LlavaProcessor:
-    """The processor that a user loads with `AutoProcessor.from_pretrained`."""
+def build_processor(tokenizer: PreTrainedTokenizerFast | None = None, template: str = TEMPLATE) -> LlavaProcessor:
+    """The processor that a user loads with `AutoProcessor.from_pretrained`. tokenizer: default the laboratory's own."""
     size = {"height": SIDE, "width": SIDE}
     images = CLIPImageProcessorPil(size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3)
     return LlavaProcessor(
-        images, build_tokenizer(), patch_size=PATCH, vision_feature_select_strategy="default",
-        chat_template=TEMPLATE, num_additional_image_tokens=1,
+        images, tokenizer or build_tokenizer(), patch_size=PATCH, vision_feature_select_strategy="default",
+        chat_template=template, num_additional_image_tokens=1,
     )  # fmt: skip
 
 

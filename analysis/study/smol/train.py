@@ -16,19 +16,27 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForImageTextToText
 
 from dyrate.atomic import write_whole
-from study.pocket.batches import IGNORE, N_PATCHES
-from study.pocket.objectives import autocast, condition_projector, fast_bfloat16, plain_attention, resembles
-from study.pocket.train import made, normalized, schedule
+from study.pocket.batches import IGNORE
+from study.pocket.objectives import (
+    autocast,
+    condition_projector,
+    fast_bfloat16,
+    packed_bias,
+    plain_attention,
+    resembles,
+    with_image,
+)
+from study.pocket.train import made, normalized, read_state, restore_moments, schedule, write_state
+from study.pocket.vlm import build_processor
 from study.smol.batches import Batches, Config
-from study.smol.parts import build_model, build_processor, language_model
+from study.smol.parts import TEMPLATE, build_model, language_model
 
 SCALING = 2.0  # of the adapter: alpha / rank
 
@@ -47,7 +55,7 @@ class Run:
         work.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(config.seed)
         language, tokenizer = language_model(gguf)
-        self.processor = build_processor(tokenizer)
+        self.processor = build_processor(tokenizer, TEMPLATE)
         seeing = AutoModelForImageTextToText.from_pretrained(eyes, dtype=torch.float32)
         self.model = build_model(language, tokenizer, seeing.config.vision_config)
         self.model.model.vision_tower.load_state_dict(seeing.model.vision_tower.state_dict())
@@ -57,8 +65,8 @@ class Run:
             for module in decoder.modules():
                 if isinstance(module, nn.Linear):
                     module.to(torch.bfloat16)
-        self.adapter = LoraConfig(r=config.rank, lora_alpha=SCALING * config.rank, target_modules="all-linear")
-        inject_adapter_in_model(self.adapter, decoder)
+        adapter = LoraConfig(r=config.rank, lora_alpha=SCALING * config.rank, target_modules="all-linear")
+        inject_adapter_in_model(adapter, decoder)
         self.model.model.multi_modal_projector.requires_grad_(True)
         self.align = nn.RMSNorm(decoder.config.hidden_size)
         if device == "cpu":
@@ -66,6 +74,8 @@ class Run:
             decoder.config._attn_implementation = "plain_training"
         self.model.to(device)
         self.align.to(device)
+        prefix = Batches(config, 0, self.processor).prefix
+        self.first = prefix.index(self.model.config.image_token_id)  # where the image stands in every sequence
         self.done, self.seconds, self.history = 0, 0.0, []
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -76,9 +86,7 @@ class Run:
     def train(self) -> None:
         config, parameters = self.config, self.trained()
         optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.98), weight_decay=0.0)
-        if (self.work / "state.safetensors").exists():
-            self._load(optimizer)
-        else:
+        if not self._load(optimizer):
             self._start()
         drawn = Batches(config, self.done, self.processor)
         batches = DataLoader(drawn, None, num_workers=self.workers, prefetch_factor=3)
@@ -115,17 +123,11 @@ class Run:
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Next-token loss over all packed turns, and the dense objective: patches resemble the words that describe them."""
         inner, words = self.model.model, self.model.model.language_model.embed_tokens
-        ids, turn, positions = batch["ids"], batch["turn"], batch["positions"]
         with autocast(self.device):
             features = inner.multi_modal_projector(self.see(batch["pixels"]))
-            first = self.first
-            hidden = words(ids)
-            hidden = torch.cat([hidden[:, :first], features.to(hidden.dtype), hidden[:, first + N_PATCHES :]], 1)
-            order = torch.arange(ids.shape[1], device=ids.device)
-            # a turn sees the shared prefix (turn 0) and itself
-            allowed = (order[:, None] >= order) & ((turn[:, None, :] == 0) | (turn[:, :, None] == turn[:, None, :]))
-            bias = torch.zeros(allowed.shape, dtype=features.dtype, device=ids.device).masked_fill(~allowed, -1e4)[:, None]
-            rotary = inner.language_model.rotary_emb(hidden, positions)
+            hidden = with_image(words(batch["ids"]), features, self.first)
+            bias = packed_bias(batch["turn"], features.dtype)[:, None]
+            rotary = inner.language_model.rotary_emb(hidden, batch["positions"])
             for layer in inner.language_model.layers:
                 hidden = layer(hidden, attention_mask=bias, position_embeddings=rotary)
             wanted = batch["labels"] != IGNORE
@@ -139,11 +141,6 @@ class Run:
         scores = {"lm": spoken.detach(), "telling": (right * telling).sum() / telling.sum(), "patches": named}
         return spoken + 0.3 * dense, scores
 
-    @property
-    def first(self) -> int:
-        """Where the image stands in every sequence."""
-        return Batches(self.config, 0, self.processor).prefix.index(self.model.config.image_token_id)
-
     def _start(self) -> None:
         batch = Batches(self.config, 0, self.processor)
         pixels = torch.cat([batch[-i - 1]["pixels"] for i in range(max(1, 32 // self.config.batch))]).to(self.device)
@@ -152,27 +149,19 @@ class Run:
 
     def _save(self, optimizer: torch.optim.Optimizer) -> None:
         tensors = {f"trained.{n}": p for n, p in self.trained().items()}
-        for name, p in self.trained().items():
-            tensors |= {f"moments.{name}:{k}": v for k, v in optimizer.state.get(p, {}).items()}
-        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        about = {"config": asdict(self.config), "done": self.done, "seconds": self.seconds, "history": self.history}
-        write_whole(self.work / "state.safetensors", lambda p: save_file(tensors, p, metadata={"about": json.dumps(about)}))
+        write_state(self, tensors, self.trained(), [optimizer])
 
-    def _load(self, optimizer: torch.optim.Optimizer) -> None:
-        path = self.work / "state.safetensors"
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["about"])
-        self.done, self.seconds, self.history = about["done"], about["seconds"], about["history"]
-        tensors = load_file(path)
+    def _load(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Take up the last checkpoint; whether there is one."""
+        tensors, moments = read_state(self)
         with torch.no_grad():
-            for name, p in self.trained().items():
+            for name, p in self.trained().items() if tensors else ():
                 p.copy_(tensors[f"trained.{name}"])
-                for key in [k for k in tensors if k.startswith(f"moments.{name}:")]:
-                    moment = key.rpartition(":")[2]
-                    optimizer.state[p][moment] = tensors[key] if moment == "step" else tensors[key].to(p.device)
+        restore_moments(moments, self.trained(), [optimizer])
+        return bool(tensors)
 
     def export(self, out: Path) -> None:
-        """Write what is ours (bfloat16): the adapter in peft's format, tower and projector, and the record of the training."""
+        """Write what is ours (bfloat16): the adapter by peft's names, tower and projector, and the record of the training."""
         from peft import get_peft_model_state_dict
 
         out.mkdir(parents=True, exist_ok=True)
