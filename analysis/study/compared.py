@@ -5,3 +5,6 @@ METHODS = (
     "FastV", "RandomPrune", "Oracle", "UniformPool", "FastVRerank", "LinearAnneal", "PyramidDrop", "SparseVLM", "VisionZip",
     "PruMerge", "DivPrune", "DART", "VisPruner", "CDPruner",
 )  # fmt: skip
+LATE_METHODS = ("FastV", "RandomPrune", "FastVRerank", "LinearAnneal", "PyramidDrop", "VisionZip", "UniformPool", "Oracle")
+QUESTIONS = ("qa_reading", "qa_long_word", "qa_count", "qa_total", "qa_two_step")  # short answers that need details
+LATE = ("look_late", "backwards")  # long answers whose details are needed at the end, or in a prescribed order

@@ -27,7 +27,7 @@ from dyrate.models import describe
 from dyrate.recording import record_examples
 from dyrate.strategies import STRATEGIES
 from study.answers import Condition, answer_all
-from study.compared import METHODS, RETENTIONS
+from study.compared import LATE, LATE_METHODS, METHODS, QUESTIONS, RETENTIONS
 from study.examples import TASKS, SceneExample, examples
 from study.pocket.language import PROMPTS
 from study.pocket.scenes import compose, render
@@ -65,12 +65,15 @@ def parts(n_layers: int) -> list[Part]:
     layers = sorted({k for k in (1, 2, 3, 4, 6, 8, 11, 14, 18, 22) if k < 0.8 * n_layers})
     scan = [_at(name, x, n_layers, k) for x in RETENTIONS[1:] for k in layers for name in ("FastV", "RandomPrune")]
     methods = [_at(name, x, n_layers) for x in RETENTIONS for name in METHODS]
+    late = [_at(name, x, n_layers) for x in RETENTIONS for name in LATE_METHODS]
     return [
         Part("unpruned", [full], TASKS, n=4),
         Part("other_picture", [full], TASKS, other_picture=True),
         Part("needs_image", [full, blind, tenth], TASKS),
         Part("layers", [full, *scan], SCANNED),
         Part("methods", [full, *methods], ("caption", "description")),
+        Part("questions", [full, *methods], QUESTIONS),
+        Part("late", [full, *late], LATE),
     ]
 
 

@@ -17,6 +17,7 @@ from study.answers import answer_all
 from study.chapters import laboratories
 from study.examples import examples
 from study.pocket import language
+from study.pocket.batches import IGNORE
 from study.pocket.scenes import LONG_WORDS, WORDS, compose, render, seeds
 from study.smol import parts as smol_parts
 from study.smol import train as smol_train
@@ -134,6 +135,20 @@ def test_packed_turns_read_as_the_chat_template_does(run):
         assert [row["positions"][i] for i in mine] == list(range(len(want)))
         answer = processor.tokenizer(f"{turn.response}<|im_end|>")["input_ids"]
         assert [row["labels"][i] for i in mine if row["labels"][i] >= 0] == answer == want[-len(answer) :]
+
+
+def test_patches_of_a_painted_word_are_told_its_tokens(run, drawn):
+    """The tokens of an answer, so that reading is naming what patches resemble; of a long word each half its own."""
+    processor = run("words").processor
+    batches = Batches(Config(), 0, processor)
+    for scene in [s for s in drawn if s.word][:20]:
+        picture = render(scene)
+        ids = batches._patch_words(scene, picture).reshape(12, 12, 6)
+        shown = {tuple(i for i in row if i != IGNORE) for row in ids[picture.word_cover]}
+        whole = processor.tokenizer(scene.word)["input_ids"]
+        assert all(set(tokens) <= set(whole) and tokens for tokens in shown), scene.word
+        assert {i for tokens in shown for i in tokens} == set(whole), scene.word
+        assert len(shown) == 1 if scene.word in WORDS else 1 < len(shown) <= 2, scene.word
 
 
 def test_killed_training_of_smol_resumes_to_the_same_weights(run):

@@ -151,16 +151,22 @@ def _patch_labels(scene: Scene, picture) -> dict[str, np.ndarray]:
         labels["colour"][cover] = colours.index(group.colour)
         labels["count"][cover] = group.count - 1
         labels["place"][cover] = group.place
-    if scene.word in WORDS:
-        labels["word"][picture.word_cover] = PAINTED.index(scene.word)
-    elif scene.word:
-        first, second = next((a, b) for a in HALVES[0] for b in HALVES[1] if a + b == scene.word)
-        columns = picture.word_cover.any(0).nonzero()[0]
-        middle = columns[0] + len(columns) * len(first) / len(scene.word)
-        left = np.arange(GRID) + 0.5 < middle
-        labels["word"][picture.word_cover & left] = PAINTED.index(first)
-        labels["word"][picture.word_cover & ~left] = len(WORDS) + len(HALVES[0]) + HALVES[1].index(second)
+    for start, end, cover in painted_parts(scene, picture):
+        part = scene.word[start:end]
+        labels["word"][cover] = len(WORDS) + len(HALVES[0]) + HALVES[1].index(part) if start else PAINTED.index(part)
     return {name: label.flatten() for name, label in labels.items()}
+
+
+def painted_parts(scene: Scene, picture) -> list[tuple[int, int, np.ndarray]]:
+    """The painted word's characters from start to end and the patches (12, 12) that show them: of a long word both halves."""
+    if scene.word is None:
+        return []
+    if scene.word in WORDS:
+        return [(0, len(scene.word), picture.word_cover)]
+    middle = next(len(a) for a in HALVES[0] for b in HALVES[1] if a + b == scene.word)
+    columns = picture.word_cover.any(0).nonzero()[0]
+    left = np.arange(GRID) + 0.5 < columns[0] + len(columns) * middle / len(scene.word)
+    return [(0, middle, picture.word_cover & left), (middle, len(scene.word), picture.word_cover & ~left)]
 
 
 def padded(rows: list[list], fill) -> Tensor:

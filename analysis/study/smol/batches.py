@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from transformers import LlavaProcessor
 
 from study.pocket import language
-from study.pocket.batches import IGNORE, N_PATCHES, SLOTS, last_words, padded
+from study.pocket.batches import IGNORE, N_PATCHES, SLOTS, last_words, padded, painted_parts
 from study.pocket.scenes import GRID, PLACES, Scene, compose, render, seeds
 from study.smol.parts import IMAGE
 
@@ -79,9 +79,14 @@ class Batches(Dataset):
         return self.tokenizer(text)["input_ids"]
 
     def _patch_words(self, scene: Scene, picture) -> np.ndarray:
-        """Ids (144, 6) for each patch: the first tokens of both names, count, colour and place of its group."""
+        """Ids (144, 6) for each patch: first tokens of its group's both names, count, colour and place; or of a painted word."""
         ids = np.full((GRID, GRID, 6), IGNORE)
         for group, cover in zip(scene.groups, picture.cover, strict=True):
             words = [*last_words(group.thing), language.COUNTS[group.count - 1], group.colour, *PLACES[group.place].split()]
             ids[cover, : len(words)] = [self._ids(f" {word}")[0] for word in words]
+        for start, end, cover in painted_parts(scene, picture):
+            spelled = self.tokenizer(scene.word, return_offsets_mapping=True)
+            tokens = zip(spelled["input_ids"], spelled["offset_mapping"], strict=True)
+            shown = [i for i, (first, last) in tokens if first < end and last > start]
+            ids[cover, : len(shown)] = shown
         return ids.reshape(N_PATCHES, 6)
