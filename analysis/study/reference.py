@@ -142,9 +142,11 @@ def _asked(part: Part, n: int) -> Examples:
 
 
 def score(source: Path, out: Path) -> None:
-    """Score measured rows and write them without their texts: what the pages are drawn from."""
+    """Score the measured parts and write them without their texts: what the pages are drawn from."""
     about = json.loads((source / "about.json").read_text())
     for part in parts(about["layers"]):
+        if not (source / f"{part.name}.csv.gz").exists():  # measured elsewhere, or before
+            continue
         rows = pd.read_csv(source / f"{part.name}.csv.gz", keep_default_na=False, dtype={"sample": str, "scene": str})
         asked = _asked(replace(part, other_picture=False), about["n"])
         rows = _with_slots(scored(rows, asked), asked).drop(columns=["answer", "scene"])

@@ -344,13 +344,15 @@ def record(chapter: Chapter, laboratories: tuple[Laboratory, ...]) -> None:
     shares = ", ".join(f"{row.method} {100 * row.macs_share:.0f} %" for row in early.itertuples())
     name = laboratories[-1].name
     chapter.text("laboratories_computation", f"At this retention ratio the decoder of {name} computes: {shares} of all.")
+    chapter.text("laboratories_measured_on", measured_on(laboratories))
+
+
+def measured_on(laboratories: tuple[Laboratory, ...]) -> str:
+    """Models, sample count and device of the reference rows, for captions."""
     abouts = {lab.name: lab.about for lab in laboratories}
     sizes = [f"{name}: {a['parameters'] / 1e6:.0f} M parameters, {a['layers']} layers" for name, a in abouts.items()]
     n, device = laboratories[0].about["n"], laboratories[0].about["device"]
-    chapter.text(
-        "laboratories_measured_on",
-        f"{'; '.join(sizes)}; {n} unseen scenes a task ({4 * n} for the bars), greedy, float32 on an {device}",
-    )
+    return f"{'; '.join(sizes)}; {n} unseen scenes a task ({4 * n} for the bars), greedy, float32 on an {device}"
 
 
 def _tasks_said(name: str, moving: list[str], easy: list[str], unable: list[str]) -> str:
