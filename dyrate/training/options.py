@@ -26,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser, model: str | None = None) -> 
     parser.add_argument("--work", metavar="FOLDER", type=Path, help="for checkpoints, from which an interrupted training goes on")
     parser.add_argument("--batch-size", metavar="N", type=int, default=32,
                         help="prompts generated together while the budget is calibrated" + _default(32))  # fmt: skip
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"),
+                        help="of the model (default: bfloat16 on a GPU, float32 on a CPU)")  # fmt: skip
     group = parser.add_argument_group("settings of the training")
     for setting in fields(Settings):
         kind: dict = {"type": type(setting.default), "metavar": "N" if isinstance(setting.default, int) else "X"}
@@ -46,8 +48,9 @@ def _default(value) -> str:
 def train_and_save(given: argparse.Namespace, examples: Examples, validation: Examples, **about) -> None:
     """Train as the parsed options of `add_arguments` ask, save, and print what was met. about: more to note in the predictor."""
     settings = Settings(**{setting.name: getattr(given, setting.name) for setting in fields(Settings)})
+    dtype = given.dtype and getattr(torch, given.dtype)
     trained = train(
-        *load(given.model), examples, settings, validation=validation, work=given.work, batch_size=given.batch_size
+        *load(given.model, dtype=dtype), examples, settings, validation=validation, work=given.work, batch_size=given.batch_size
     )  # fmt: skip
     trained.predictor.about |= {"model": given.model, "n_train": len(examples), "torch": torch.__version__} | about
     if not this_process().is_main_process:
