@@ -345,6 +345,12 @@ def record(chapter: Chapter, laboratories: tuple[Laboratory, ...]) -> None:
     name = laboratories[-1].name
     chapter.text("laboratories_computation", f"At this retention ratio the decoder of {name} computes: {shares} of all.")
     chapter.text("laboratories_measured_on", measured_on(laboratories))
+    missed = tables["bars"][~tables["bars"].met].groupby("laboratory", sort=False)
+    said = [f"{name}: {', '.join(f'{r.measure} {r.value:.2f} of {r.bar:.2f}' for r in of.itertuples())}" for name, of in missed]
+    chapter.text("laboratories_missed", "; ".join(said) or "none")
+    off = methods[(methods.retention - RETENTION).abs() > 0.02]
+    kept = [f"{row.method} kept {100 * row.retention:.0f} % on {row.laboratory}" for row in off.itertuples()]
+    chapter.text("laboratories_off_budget", f"Off this retention ratio: {', '.join(kept) or 'none'}.")
 
 
 def measured_on(laboratories: tuple[Laboratory, ...]) -> str:
