@@ -33,6 +33,25 @@ class TaskConstant(Strategy):
 
 
 @dataclass(kw_only=True)
+class TaskSchedule(Strategy):
+    """One schedule for each kind of task: rates[task][step], the last one from then on."""
+
+    rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    compared = False
+    control = True
+
+    def keep(self, seen):
+        tasks = [e.task for e in seen.example_of_each_row()]
+        if missing := set(tasks) - set(self.rates):
+            raise ValueError(f"TaskSchedule has no rates for the tasks {sorted(missing)}")
+        return [1 - self.rates[task][min(seen.step, len(self.rates[task]) - 1)] for task in tasks]
+
+    @classmethod
+    def at_retention(cls, retention, n_layers, **fields):
+        return cls(rates={"": (1 - retention,)}, **fields)
+
+
+@dataclass(kw_only=True)
 class ShuffledRates(Strategy):
     """Each example gets rates that another one had: rates[k][step], k drawn by its name. Is the rate made for its input?"""
 

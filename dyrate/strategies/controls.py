@@ -6,6 +6,8 @@ import zlib
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from dyrate.strategies.before_decoder import BeforeDecoder
 from dyrate.strategies.cdpruner import CDPruner
@@ -79,11 +81,14 @@ class RandomPrune(FastV):
     def score(self, seen):
         rows, n = seen.image.shape
         names = [e.name for e in seen.example_of_each_row()] if seen.examples else [""] * rows
-        scores = []
-        for name in names:
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name} {seen.step}".encode()))
-            scores.append(torch.rand(n, generator=generator))
+        scores = [random_scores(name, n, seed=self.seed, step=seen.step) for name in names]
         return torch.stack(scores).to(seen.image.device)
+
+
+def random_scores(name: str, n: int, *, seed: int = 0, step: int = 0) -> Float[Tensor, " image_token"]:
+    """The scores that `RandomPrune` gives an example's `n` image tokens at one step."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name} {step}".encode()))
+    return torch.rand(n, generator=generator)
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,141 @@
+"""The best schedules on generated answers: what teacher-forced losses promised, on scenes that did not choose them.
+
+A schedule rarely meets a budget by itself. The two that the frontier mixes, below and above it, both answer; the mean score at
+the budget is read between them at their measured mean retention, as the teacher-forced loss is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+
+import dyrate
+from dyrate.atomic import write_whole
+from dyrate.data import Examples
+from dyrate.strategies.controls import Constant, MeanTrajectory
+from dyrate.strategies.full import Full
+from dyrate.strategy import Strategy
+from study.answers import Condition, answer_all
+from study.controls import TaskSchedule
+from study.examples import examples
+from study.headroom.frontier import Library, choices, number, of_mean, of_task, resampled
+from study.headroom.library import LIBRARIES, Trajectory
+from study.headroom.report import Measured, library
+from study.scores import scored
+
+BUDGETS = (0.25, 0.33)
+OTHER_SCENES = 100_000  # those that chose the schedules come before
+STEPS = 128  # of a schedule; its last rate goes on
+METHODS = {"schedule": of_mean, "schedule by task": of_task}
+
+
+def bracket(asked: Library, method: str, budget: float) -> list[np.ndarray]:
+    """The trajectory of each task (in the order of its number) below and above a budget, or twice the one that meets it."""
+    tasks, everyone = np.unique(asked.task, return_index=True)[1], np.arange(len(asked.task))
+    believed = [METHODS[method](asked, values, everyone, tasks) for values in (asked.loss, asked.cost)]
+    choice = np.unique(choices(*believed), axis=1)
+    by_task = of_task(asked, asked.cost, everyone, tasks)
+    mean_cost = np.take_along_axis(by_task, choice, 1).mean(0)
+    below, above = mean_cost <= budget, mean_cost >= budget
+    if not below.any():
+        raise ValueError(f"no {method} is as cheap as {budget:g}: the cheapest keeps {mean_cost.min():.3f}")
+    return [choice[:, np.where(below, mean_cost, -1).argmax()], choice[:, np.where(above, mean_cost, 2).argmin()]]
+
+
+def strategy_of(method: str, chosen: dict[str, Trajectory], **common) -> Strategy:
+    """The strategy that follows a trajectory for each task; `common`: its layer and residency."""
+    rates = {task: trajectory.rates(STEPS) for task, trajectory in chosen.items()}
+    if method == "schedule by task":
+        return TaskSchedule(rates=rates, **common)
+    return MeanTrajectory(rates=next(iter(rates.values())), **common)
+
+
+def conditions(measured: Measured, residency: str) -> list[Condition]:
+    """No pruning; at each budget the constant, and the schedules on both sides of it, of all tasks and of each."""
+    common = {"first_pruned_layer": measured.layer, "residency": residency}
+    found = [Condition("Full", Full(), "Full")]
+    for budget in BUDGETS:
+        found.append(Condition(f"constant {budget:g}", Constant(rate=1 - budget, **common), "constant", budget))
+        for method in METHODS:
+            for side, choice in zip(
+                ("below", "above"), bracket(library(measured, "FastV", residency), method, budget), strict=True
+            ):
+                chosen = dict(zip(measured.about["tasks"], (LIBRARIES[residency][i] for i in choice), strict=True))
+                strategy = strategy_of(method, chosen, **common)
+                found.append(Condition(f"{method} {budget:g} {side}", strategy, method, budget))
+    return found
+
+
+def questions(measured: Measured, n: int) -> Examples:
+    """The questions that are answered: other scenes than those on which the schedules were chosen."""
+    return examples(measured.about["source"], n, tasks=measured.about["tasks"], split="test", start=OTHER_SCENES)
+
+
+def confirm(
+    folder: Path, n: int, out: Path, *, layer: int = 2, residency: str = "evict", store: Path = Path("build/answers"),
+    batch_size: int = 100,
+) -> None:  # fmt: skip
+    """Answer `n` questions a task under each condition and write the answers into `out`. folder: of the measured losses."""
+    measured = Measured(folder, layer)
+    wanted = conditions(measured, residency)
+    model, processor = dyrate.load(measured.name, dtype=torch.float32)
+    how = {"max_new_tokens": 100, "batch_size": batch_size}
+    rows = answer_all(model, processor, wanted, questions(measured, n), store, **how)
+    path = out / _file(layer, residency)
+    write_whole(path, lambda path: rows.to_csv(path, index=False, compression="gzip"))
+
+
+def score(source: Path, folder: Path, *, layer: int = 2, residency: str = "evict") -> None:
+    """Score answers that `confirm` wrote into `source`, and write them without their texts into the laboratory's folder."""
+    rows = pd.read_csv(source / _file(layer, residency), keep_default_na=False, dtype={"sample": str, "scene": str})
+    measured, n = Measured(folder, layer), rows.groupby("task")["sample"].nunique().max()
+    columns = ["label", "method", "budget", "sample", "task", "tokens", "retention", "score"]
+    table = scored(rows.assign(budget=pd.to_numeric(rows.budget)), questions(measured, int(n)))[columns]
+    path = folder / _file(layer, residency)
+    write_whole(path, lambda path: table.to_csv(path, index=False, compression="gzip", float_format="%.6g"))
+
+
+def _file(layer: int, residency: str) -> str:
+    return f"headroom_layer{layer}_generated_{residency}.csv.gz"
+
+
+def generated(folder: Path, *, layer: int = 2, residency: str = "evict") -> pd.DataFrame:
+    """Scored rows of a laboratory. Raises FileNotFoundError that says how to make them."""
+    path = folder / _file(layer, residency)
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}: `python -m study.headroom confirm`, then `score`, make it")
+    return pd.read_csv(path)
+
+
+def confirmed(rows: pd.DataFrame) -> pd.DataFrame:
+    """Score and gain on the constant of each method at the constant's measured retention, tasks weighted equally, answers paired.
+
+    Scores are shares of right answers and slots; captions' CIDEr is taken as a share of the unpruned.
+    """
+    unpruned = rows[(rows.method == "Full") & (rows.task == "caption")].score.mean()
+    rows = rows.assign(score=rows.score.where(rows.task != "caption", rows.score / unpruned))
+    wide = {column: rows.pivot(index=["task", "sample"], columns="label", values=column) for column in ("score", "retention")}
+    weights, n = resampled(wide["score"].index.get_level_values("task").to_numpy()), len(wide["score"])
+    table = []
+    for budget, of_budget in rows[rows.method != "Full"].groupby("budget"):
+        ends = {method: list(of.label.unique()) for method, of in of_budget.groupby("method", sort=False)}
+        measured = {m: [weights @ wide[column][labels].to_numpy() for column in wide] for m, labels in ends.items()}
+        retention = measured["constant"][1][:, 0]
+        reached = {method: _between(score, kept, retention) for method, (score, kept) in measured.items()}
+        for method, scores in reached.items():
+            row = {"budget": budget, "retention": retention[0], "method": method, "score": scores[0]}
+            table.append(row | number(scores - reached["constant"], n))
+    return pd.DataFrame(table).assign(unpruned=weights[0] @ wide["score"]["Full"].to_numpy())
+
+
+def _between(
+    score: Float[np.ndarray, "resample side"], retention: Float[np.ndarray, "resample side"], at: Float[np.ndarray, " resample"]
+) -> Float[np.ndarray, " resample"]:
+    """The score at a retention, on the line through the two sides of it (of one side alone: its own)."""
+    width = retention[:, -1] - retention[:, 0]
+    share = np.divide(at - retention[:, 0], width, out=np.zeros_like(width), where=abs(width) > 1e-9)
+    return score[:, 0] + share * (score[:, -1] - score[:, 0])
