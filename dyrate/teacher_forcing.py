@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from dyrate.data import Example, Examples
 from dyrate.engine import run_above, run_below
+from dyrate.engine.kept import take
 from dyrate.features import looks
 from dyrate.generation import encode
 from dyrate.predictor import RatePredictor, chosen_mask, kept_counts, query_bias, rate_grid, rate_masks
@@ -131,12 +132,36 @@ def masked_logits(
     checkpointing: bool = False,
 ) -> Float[Tensor, "batch step vocabulary"]:  # fmt: skip
     """Logits of the answer, each step seeing the image tokens that its mask keeps."""
+    if not masks.requires_grad:
+        prepared, masks = without_unseen(prepared, masks)
     bias = query_bias(masks.float(), prepared.positions, prepared.image, prepared.real, prepared.n_prompt)
     queries = torch.arange(prepared.n_prompt - 1, prepared.n_prompt - 1 + prepared.labels.shape[1], device=bias.device)
     first, hidden = predictor.first_pruned_layer, prepared.hidden
     if bias.is_cuda and bias.requires_grad:  # the fused kernel's backward fails where the mask alone wants a gradient
         hidden = hidden.detach().requires_grad_()
     return run_above(model, first, hidden, prepared.rotary, bias, queries, checkpointing)
+
+
+def without_unseen(
+    prepared: Prepared, masks: Float[Tensor, "batch step image_token"]
+) -> tuple[Prepared, Float[Tensor, "batch step image_token"]]:
+    """Sequences without the image tokens that no step sees, which changes no logit and saves what they would cost.
+
+    Rows that keep more than others decide the length; the others get more padding on the left.
+    """
+    seen = prepared.image & (masks > 0).any(1)
+    left = prepared.real.scatter(1, prepared.positions, seen | ~prepared.image & prepared.real.gather(1, prepared.positions))
+    gone = int((~left[:, : prepared.n_prompt]).sum(1).min())
+    prompt = left[:, : prepared.n_prompt].to(torch.uint8).argsort(dim=1, stable=True)[:, gone:]
+    answer = torch.arange(prepared.n_prompt, left.shape[1], device=left.device).expand(len(left), -1)
+    index = torch.cat([prompt, answer], 1)
+    place = torch.zeros_like(prepared.real, dtype=torch.long)
+    place.scatter_(1, index, torch.arange(index.shape[1], device=left.device).expand_as(index))
+    shorter = replace(
+        prepared, n_prompt=prepared.n_prompt - gone, hidden=take(prepared.hidden, index), real=left.gather(1, index),
+        rotary=tuple(take(x, index) for x in prepared.rotary), positions=place.gather(1, prepared.positions), image=seen,
+    )  # fmt: skip
+    return shorter, masks * seen[:, None]
 
 
 @torch.no_grad()
