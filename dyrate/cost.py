@@ -157,7 +157,14 @@ UNITS = ("retention", "macs", "macs_uncached", "kv_bytes")  # of a budget
 def remaining(
     unit: str, shape: Shape, kept: Float[Tensor, "batch step"], n_image: Tensor, n_text: Tensor, valid: Tensor, first: int
 ) -> Float[Tensor, " batch"]:
-    """What remains of the unpruned cost of each answer, from how many image tokens each step keeps; differentiable.
+    """What remains of the unpruned cost of each answer: the sum of `remaining_by_step`, which says what is what."""
+    return remaining_by_step(unit, shape, kept, n_image, n_text, valid, first).sum(1)
+
+
+def remaining_by_step(
+    unit: str, shape: Shape, kept: Float[Tensor, "batch step"], n_image: Tensor, n_text: Tensor, valid: Tensor, first: int
+) -> Float[Tensor, "batch step"]:
+    """What each step costs as a share of its answer's unpruned cost, from how many image tokens it keeps; differentiable.
 
     unit: "retention" (mean retention ratio over steps), "macs" (the decoder's multiply-accumulates with a KV cache),
     "macs_uncached" (as if every step ran over the whole sequence) or "kv_bytes" (read from the cache). n_image, n_text:
@@ -165,7 +172,7 @@ def remaining(
     """
     valid = valid.to(kept.dtype)
     if unit == "retention":
-        return (kept / n_image[:, None] * valid).sum(1) / valid.sum(1)
+        return kept / n_image[:, None] * valid / valid.sum(1, keepdim=True)
     pruned_layers = shape.layers - first
     text = n_text[:, None] + torch.arange(kept.shape[1], device=kept.device)  # tokens beside the image at each step
     whole = text + n_image[:, None]
@@ -179,4 +186,4 @@ def remaining(
         decode = first * layer_macs(shape, 1, whole) + pruned_layers * layer_macs(shape, 1, tokens)
         return torch.cat([prefill[:, :1], decode[:, 1:] * valid[:, 1:]], 1)
 
-    return spent(text + kept).sum(1) / spent(whole.to(kept.dtype)).sum(1)
+    return spent(text + kept) / spent(whole.to(kept.dtype)).sum(1, keepdim=True)

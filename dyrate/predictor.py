@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dyrate.features import n_features
 from dyrate.seen import kept_count
-from dyrate.segments import SEGMENTS
 from dyrate.strategy import current_name
 
 
@@ -115,7 +115,8 @@ All settings of the training are in `config.json`, the weights in `model.safeten
 class RatePredictor(nn.Module, PyTorchModelHubMixin, license="mit", library_name="dyrate"):
     """Eq. 2: pi = softmax(C(v)), C linear, v the per-head shares of the four segments in the observed layers.
 
-    heads, n_layers, family: of the model that it was trained for. with_step: the step number is one more feature.
+    heads, n_layers, family: of the model that it was trained for. features: what v is, one of `features.FEATURES`; "hidden"
+    needs the model's width. with_step: the step number is one more feature. delay: steps at which everything is kept first.
     Features are standardised with the training data's mean and deviation. rate_bias: is added to every logit times its rate;
     calibration moves it until a budget is met. about: how it was trained. Saved as safetensors, JSON and a model card
     (`save_pretrained`, `push_to_hub`).
@@ -124,24 +125,26 @@ class RatePredictor(nn.Module, PyTorchModelHubMixin, license="mit", library_name
     def __init__(
         self, heads: int, n_layers: int, family: str, *, n_rates: int = 32, first_pruned_layer: int = 2,
         observed_layers: list[int] | None = None, with_step: bool = False, residency: str = "evict", about: dict | None = None,
+        features: str = "shares", width: int = 0, delay: int = 0,
     ):  # fmt: skip
         super().__init__()
         self.heads, self.n_layers, self.family = heads, n_layers, family
-        self.first_pruned_layer, self.residency, self.with_step = first_pruned_layer, current_name(residency), with_step
+        self.first_pruned_layer, self.residency, self.delay = first_pruned_layer, current_name(residency), delay
+        self.reads, self.with_step = features, with_step or features == "step"
         self.observed_layers = observed_layers or [first_pruned_layer - 1]
         self.about = about or {}
-        n_features = len(SEGMENTS) * heads * len(self.observed_layers) + with_step
-        self.linear = nn.Linear(n_features, n_rates)
+        n = n_features(features, heads, len(self.observed_layers), width) + self.with_step
+        self.linear = nn.Linear(n, n_rates)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
-        self.register_buffer("mean", torch.zeros(n_features))
-        self.register_buffer("deviation", torch.ones(n_features))
+        self.register_buffer("mean", torch.zeros(n))
+        self.register_buffer("deviation", torch.ones(n))
         self.register_buffer("rate_bias", torch.zeros(()))
         self.register_buffer("rates", rate_grid(n_rates), persistent=False)
 
-    def features(self, shares: list[Float[Tensor, "*batch head 4"]], step: Tensor | int) -> Float[Tensor, "*batch feature"]:
-        """Shares of each observed layer side by side, and the step (in units of 64) if it is a feature."""
-        flat = torch.cat([s.flatten(-2) for s in shares], -1)
+    def features(self, looks: list[Float[Tensor, "*batch head k"]], step: Tensor | int) -> Float[Tensor, "*batch feature"]:
+        """What is read of each observed layer side by side, and the step (in units of 64) if it is a feature."""
+        flat = torch.cat([look.flatten(-2) for look in looks], -1)
         if not self.with_step:
             return flat
         if isinstance(step, int):  # a number must not be sent to a GPU at every step

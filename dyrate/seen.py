@@ -43,7 +43,7 @@ class Seen:
     those in use until now, fewer where dropped tokens are re-selectable.
     positions: of each image token in the prompt. segments: the kind of each prompt position. observed: the attention of
     each observed layer in this pass. columns: prompt position of each key of the layer before, None if all are there.
-    examples: which example each row is, where the caller told.
+    newest_hidden: the newest token's hidden state as it enters `layer`. examples: which example each row is, where the caller told.
     """
 
     step: int
@@ -58,6 +58,7 @@ class Seen:
     examples: Sequence[Example] | None = None
     notes: dict = field(default_factory=dict)  # scratch, for what `keep`, `score` and `merge` share in one decision
     held: Bool[Tensor, "batch image_token"] | None = None
+    newest_hidden: Float[Tensor, "batch width"] | None = None
     read_hidden: Callable[[Tensor], Tensor] | None = None
     read_embedded: Callable[[Tensor], Tensor] | None = None
     norm: Callable[[Tensor], Tensor] | None = None
@@ -75,10 +76,6 @@ class Seen:
         """The newest query's attention to system, image, instruction and response tokens: the predictor's features."""
         held = self.segments if self.columns is None else Segments(self.segments.kind.gather(1, self.columns))
         return segment_shares(self._before.newest, held)
-
-    def shares_in(self, layer: int) -> Float[Tensor, "batch head 4"]:
-        """The same shares in another observed layer, before the first pruned one."""
-        return self.shares if layer == self.layer - 1 else segment_shares(self.observed[layer].newest, self.segments)
 
     @cached_property
     def instruction_attention(self) -> tuple[Float[Tensor, "batch text image_token"], Bool[Tensor, "batch text"]]:

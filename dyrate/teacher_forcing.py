@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -13,9 +13,11 @@ from torch.nn import functional as F
 
 from dyrate.data import Example, Examples
 from dyrate.engine import run_above, run_below
+from dyrate.engine.kept import take
+from dyrate.features import looks
 from dyrate.generation import encode
 from dyrate.predictor import RatePredictor, chosen_mask, kept_counts, query_bias, rate_grid, rate_masks
-from dyrate.segments import Segments, find_segments, segment_shares, system_ids
+from dyrate.segments import Segments, find_segments, system_ids
 
 IGNORE = -100
 
@@ -89,28 +91,34 @@ def prepare_tokens(model, predictor: RatePredictor, inputs: dict, answers: list[
     rows = {layer: of_layer.rows(queries) for layer, of_layer in attention.items()}  # (batch, head, step, key)
     index = positions[:, None].expand(-1, steps, -1)
     score = rows[first - 1].mean(1).gather(2, index) * image[:, None]
-    shares = [segment_shares_of(rows[layer], segments) for layer in predictor.observed_layers]
-    features = predictor.features(shares, torch.arange(steps, device=prompt.device))
+    features = features_of(predictor, rows, segments, hidden[:, n_prompt - 1 :])
     return Prepared(n_prompt, hidden, rotary, inputs["attention_mask"].bool(), positions, image, labels, score, features)
 
 
-def segment_shares_of(rows: Float[Tensor, "batch head step key"], segments: Segments) -> Float[Tensor, "batch step head 4"]:
-    """Segment shares of many queries at once."""
-    return torch.stack([segment_shares(rows[:, :, t], segments) for t in range(rows.shape[2])], 1)
+def features_of(
+    predictor: RatePredictor, rows: dict[int, Float[Tensor, "batch head step key"]], segments: Segments,
+    newest: Float[Tensor, "batch step width"],
+) -> Float[Tensor, "batch step feature"]:  # fmt: skip
+    """What the predictor reads at each step, from attention by layer and the hidden states of the newest tokens."""
+    of_steps = []
+    for step in range(newest.shape[1]):
+        observed = [rows[layer][:, :, step] for layer in predictor.observed_layers]
+        of_steps.append(predictor.features(looks(predictor.reads, observed, segments, step, newest[:, step]), step))
+    return torch.stack(of_steps, 1)
 
 
 def masks_over_steps(
-    choice: Float[Tensor, "batch step rate"], prepared: Prepared, residency: str
+    choice: Float[Tensor, "batch step rate"], prepared: Prepared, residency: str, delay: int = 0
 ) -> Float[Tensor, "batch step image_token"]:
     """Which image tokens each step sees, under one-hot choices of rates; gradients reach the choices.
 
-    In "evict" a step chooses among the tokens that the one before kept; in "mask" among all.
+    In "evict" a step chooses among the tokens that the one before kept; in "mask" among all. The first `delay` steps see all.
     """
     counts = prepared.counts(choice.shape[-1])
     candidates = prepared.image
     mask = prepared.image.to(choice.dtype)
-    masks = []
-    for step in range(choice.shape[1]):
+    masks = [mask] * min(delay, choice.shape[1])
+    for step in range(len(masks), choice.shape[1]):
         chosen = chosen_mask(choice[:, step], rate_masks(prepared.score[:, step], candidates, counts))
         mask = mask * chosen if residency == "evict" else chosen
         if residency == "evict":
@@ -124,12 +132,36 @@ def masked_logits(
     checkpointing: bool = False,
 ) -> Float[Tensor, "batch step vocabulary"]:  # fmt: skip
     """Logits of the answer, each step seeing the image tokens that its mask keeps."""
+    if not masks.requires_grad:
+        prepared, masks = without_unseen(prepared, masks)
     bias = query_bias(masks.float(), prepared.positions, prepared.image, prepared.real, prepared.n_prompt)
     queries = torch.arange(prepared.n_prompt - 1, prepared.n_prompt - 1 + prepared.labels.shape[1], device=bias.device)
     first, hidden = predictor.first_pruned_layer, prepared.hidden
     if bias.is_cuda and bias.requires_grad:  # the fused kernel's backward fails where the mask alone wants a gradient
         hidden = hidden.detach().requires_grad_()
     return run_above(model, first, hidden, prepared.rotary, bias, queries, checkpointing)
+
+
+def without_unseen(
+    prepared: Prepared, masks: Float[Tensor, "batch step image_token"]
+) -> tuple[Prepared, Float[Tensor, "batch step image_token"]]:
+    """Sequences without the image tokens that no step sees, which changes no logit and saves what they would cost.
+
+    Rows that keep more than others decide the length; the others get more padding on the left.
+    """
+    seen = prepared.image & (masks > 0).any(1)
+    left = prepared.real.scatter(1, prepared.positions, seen | ~prepared.image & prepared.real.gather(1, prepared.positions))
+    gone = int((~left[:, : prepared.n_prompt]).sum(1).min())
+    prompt = left[:, : prepared.n_prompt].to(torch.uint8).argsort(dim=1, stable=True)[:, gone:]
+    answer = torch.arange(prepared.n_prompt, left.shape[1], device=left.device).expand(len(left), -1)
+    index = torch.cat([prompt, answer], 1)
+    place = torch.zeros_like(prepared.real, dtype=torch.long)
+    place.scatter_(1, index, torch.arange(index.shape[1], device=left.device).expand_as(index))
+    shorter = replace(
+        prepared, n_prompt=prepared.n_prompt - gone, hidden=take(prepared.hidden, index), real=left.gather(1, index),
+        rotary=tuple(take(x, index) for x in prepared.rotary), positions=place.gather(1, prepared.positions), image=seen,
+    )  # fmt: skip
+    return shorter, masks * seen[:, None]
 
 
 @torch.no_grad()
@@ -163,7 +195,7 @@ def teacher_forced(model, predictor: RatePredictor, batches: list[Prepared], rat
         if rate is not None:
             best = torch.full_like(best, _nearest(predictor, rate))
         choice = F.one_hot(best, len(predictor.rates)).float()
-        masks = masks_over_steps(choice, prepared, predictor.residency)
+        masks = masks_over_steps(choice, prepared, predictor.residency, predictor.delay)
         logits = masked_logits(model, predictor, prepared, masks).float()
         retention = masks.sum(-1) / prepared.image.sum(1)[:, None]
         for i, (labels, valid) in enumerate(zip(prepared.labels, prepared.valid, strict=True)):
@@ -187,7 +219,7 @@ def predicted_by_gradient(
     others = np.unique(np.linspace(0, n_rates - 1, n_shown).round().astype(int))
 
     def losses(prepared, choice):
-        masks = masks_over_steps(choice, prepared, predictor.residency)
+        masks = masks_over_steps(choice, prepared, predictor.residency, predictor.delay)
         logits = masked_logits(model, predictor, prepared, masks, checkpointing).float()
         losses = F.cross_entropy(logits.transpose(1, 2), prepared.labels, ignore_index=IGNORE, reduction="none")
         return losses.sum(1) / prepared.valid.sum(1)

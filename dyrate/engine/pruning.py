@@ -264,7 +264,7 @@ class _Pruning:
     def _decode(self, stage: int, held: Held, hidden: Tensor, cache) -> None:
         """Decide, and say what the layers of this stage attend to."""
         if self.strategy.each_step:
-            kept, counts = self._choose(self._seen(stage, held), held)
+            kept, counts = self._choose(self._seen(stage, held, hidden), held)
             if kept is not held.kept:
                 self.rows.see_only(held, kept, counts)
         if held.alive is None:
@@ -310,14 +310,14 @@ class _Pruning:
         at = self.stages.index(stage)
         return self.rows.held[self.stages[at - 1] if at else -1]
 
-    def _seen(self, stage: int, held: Held, hidden: Tensor | None = None) -> Seen:
+    def _seen(self, stage: int, held: Held, hidden: Tensor) -> Seen:
         rows = self.rows
         candidates = rows.image if self.strategy.residency == "mask" else held.kept
         seen = Seen(
             self.step, stage, self.n_layers, rows.image, candidates, rows.positions, rows.segments, self.observed,
-            self._before(stage).columns, self.examples, held=held.kept,
+            self._before(stage).columns, self.examples, held=held.kept, newest_hidden=hidden[:, -1],
         )  # fmt: skip
-        if hidden is not None:
+        if self.step == 0:
             row = torch.arange(len(hidden), device=hidden.device)[:, None]
             seen.read_hidden = lambda slots: hidden[row, slots]
             seen.norm = self.norm

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
+from dyrate.features import looks
 from dyrate.predictor import RatePredictor
 from dyrate.strategy import Strategy
 
@@ -60,9 +61,12 @@ class DyRate(Strategy):
 
     @torch.no_grad()
     def keep(self, seen):
-        shares = [seen.shares_in(layer) for layer in self.predictor.observed_layers]
-        logits = self.predictor(self.predictor.features(shares, seen.step))
-        return 1 - self.predictor.rates[logits.argmax(-1)]
+        predictor = self.predictor
+        if seen.step < predictor.delay:
+            return 1.0
+        rows = [seen.observed[layer].newest for layer in predictor.observed_layers]
+        read = looks(predictor.reads, rows, seen.segments, seen.step, seen.newest_hidden)
+        return 1 - predictor.rates[predictor(predictor.features(read, seen.step)).argmax(-1)]
 
     def selector_macs(self, shape, tokens):
         return self.predictor.linear.weight.numel()

@@ -13,7 +13,7 @@ the budget adapts; and a last calibration measures real generation.
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dyrate import diagnostics
@@ -23,6 +23,7 @@ from dyrate.distributed import this_process
 from dyrate.predictor import RatePredictor
 from dyrate.teacher_forcing import Prepared, prepare_examples, unpruned_logits
 from dyrate.training.calibration import calibrate, trajectories
+from dyrate.training.recipes import RECIPES
 from dyrate.training.settings import Settings
 from dyrate.training.trainer import Trainer
 
@@ -57,7 +58,7 @@ def train(
     settings = settings or Settings(**fields)
     predictor = untrained(model, settings, examples)
     batches = batches_to_learn(model, processor, predictor, examples, settings)
-    history = Trainer(model, predictor, batches, settings, work=work, progress=progress).run()
+    history = RECIPES[settings.recipe](model, predictor, batches, settings, work=work, progress=progress).run()
     calibration = {}
     if validation is not None:
         batches = prepare_examples(model, processor, predictor, validation, settings.batch)
@@ -74,7 +75,8 @@ def untrained(model, settings: Settings, examples: Examples) -> RatePredictor:
     return RatePredictor(
         text.num_attention_heads, text.num_hidden_layers, model.config.model_type, n_rates=settings.n_rates,
         first_pruned_layer=settings.first_pruned_layer, residency=settings.residency, with_step=settings.with_step,
-        observed_layers=settings.observed_layers, about={"settings": asdict(settings), "examples": examples.source},
+        observed_layers=settings.observed_layers, features=settings.features, width=text.hidden_size, delay=settings.delay,
+        about={"settings": settings.decisive(), "examples": examples.source},
     ).to(model.device)  # fmt: skip
 
 
@@ -92,7 +94,7 @@ def batches_to_learn(
     batches = prepare_examples(model, processor, predictor, mine, settings.batch)
     left_out = set(part) - set(mine)
     examples.items = [example for example in examples if example not in left_out]
-    if settings.distill:
+    if settings.imitates:
         for prepared in batches:
             prepared.teacher = unpruned_logits(model, predictor, prepared)
     return batches

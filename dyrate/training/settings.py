@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 from dyrate.cost import UNITS
+from dyrate.features import FEATURES
 from dyrate.strategy import current_name
 
+RECIPES = ("paper", "anneal", "rloo", "imitate")
 
-def _setting(default, *text: str):
-    return field(default=default, metadata={"help": " ".join(text)})
+
+def _setting(default, *text: str, later: bool = False):
+    """later: the field came after predictors had been stored under a hash of their settings (`Settings.decisive`)."""
+    return field(default=default, metadata={"help": " ".join(text), "later": later})
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,29 @@ class Settings:
     distill: bool = _setting(False, "imitate the unpruned model's token distribution in place of the reference answers")
     checkpointing: bool = _setting(False, "compute activations anew in the backward pass: less memory, more time")
     seed: int = _setting(0, "seed of all random numbers")
+    recipe: str = _setting(
+        "paper",
+        "paper: Gumbel-softmax with a straight-through gradient; anneal: the same with the unpruned model as teacher, a budget that",
+        "falls from everything to its end; rloo: the score function, with a",
+        "leave-one-out baseline over --samples trajectories of each answer; imitate: the best of a library of trajectories for",
+        "each answer, then rloo",
+        later=True,
+    )
+    features: str = _setting(
+        "shares",
+        "what the predictor reads: shares of attention by segment and head (the paper's); tokens: the same by token of a segment;",
+        "entropy: of the attention over the image, by head; step: the step number alone; hidden: the newest token's hidden state",
+        later=True,
+    )
+    samples: int = _setting(6, "trajectories that rloo and imitate draw of each answer", later=True)
+    delay: int = _setting(
+        0, "first tokens of an answer that see the whole image; budgets that short answers cannot meet so are not met", later=True
+    )
+
+    @property
+    def imitates(self) -> bool:
+        """Whether the unpruned model's distribution is the teacher."""
+        return self.distill or self.recipe == "anneal"
 
     def __post_init__(self):
         object.__setattr__(self, "residency", current_name(self.residency))
@@ -51,6 +78,15 @@ class Settings:
             raise ValueError(f"budget is the share that remains and lies in (0, 1], not {self.budget}")
         if self.first_pruned_layer < 1:
             raise ValueError("first_pruned_layer must be at least 1: the layer before it is observed")
+        for name, known in {"recipe": RECIPES, "features": FEATURES}.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if self.samples < 2:
+            raise ValueError(f"samples is at least 2, for each is held against the others, not {self.samples}")
+
+    def decisive(self) -> dict:
+        """All fields but later ones at their defaults: what a stored predictor is found by, also one stored before those came."""
+        return {f.name: asdict(self)[f.name] for f in fields(self) if not f.metadata["later"] or getattr(self, f.name) != f.default}
 
     @property
     def retention(self) -> float | None:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from dyrate import diagnostics
-from dyrate.atomic import write_whole
-from dyrate.cost import remaining, shape_of
+from dyrate.cost import remaining_by_step, shape_of
 from dyrate.predictor import RatePredictor, gumbel_noise, gumbel_one_hot
 from dyrate.teacher_forcing import Prepared, frozen, masked_logits, masks_over_steps
+from dyrate.training import checkpoint
 from dyrate.training.settings import Settings
 
 SAVE_EVERY = WARN_EVERY = 25  # steps
@@ -27,12 +25,16 @@ SAVE_EVERY = WARN_EVERY = 25  # steps
 
 @dataclass
 class Draw:
-    """What was drawn for one batch: logits of the rates, masks (batch, step, image_token), and the cost that remains."""
+    """What was drawn for one batch. masks, cost: of one trajectory of each answer, or of several, which are then the first axis.
+
+    cost: of each step, as a share of the answer's unpruned cost. log_prob: of each choice of a rate, where they were sampled.
+    """
 
     prepared: Prepared
-    logits: Tensor
-    masks: Tensor
-    cost: Tensor
+    logits: Float[Tensor, "batch step rate"]
+    masks: Float[Tensor, "*sample batch step image_token"]
+    cost: Float[Tensor, "*sample batch step"]
+    log_prob: Float[Tensor, "sample batch step"] | None = None
 
 
 class Trainer:
@@ -58,13 +60,13 @@ class Trainer:
     def start(self) -> None:
         """Standardise the features, and let the predictor begin at the budget."""
         features = torch.cat([b.features[b.valid] for b in self.batches])
-        self.predictor.start_at(self.settings.budget if self.settings.unit == "retention" else 0.5, features)
+        self.predictor.start_at(self.target if self.settings.unit == "retention" else max(0.5, self.target), features)
         _average([self.predictor.mean, self.predictor.deviation])
 
     def run(self) -> list[dict]:
         """All steps that are left, from the checkpoint where there is one. Returns the history."""
         if self.checkpoint is not None and self.checkpoint.exists():
-            self.load()
+            checkpoint.load(self, self.checkpoint)
         name = f"predictor for {self.settings.budget:.2f} {self.settings.unit}"
         with (
             frozen(self.model),
@@ -78,7 +80,7 @@ class Trainer:
                 if self.step % WARN_EVERY == 0:
                     self.warn(bar.write)
                 if self.checkpoint is not None and (self.step % SAVE_EVERY == 0 or self.step == self.settings.steps):
-                    self.save()
+                    checkpoint.save(self, self.checkpoint)
         self.predictor.eval()
         return self.history
 
@@ -88,6 +90,11 @@ class Trainer:
     def done(self) -> float:
         """The share of the steps that are done."""
         return self.step / self.settings.steps
+
+    @property
+    def target(self) -> float:
+        """The budget of this step."""
+        return self.settings.budget
 
     @property
     def noise(self) -> float:
@@ -103,16 +110,16 @@ class Trainer:
     def train_step(self) -> None:
         """Draw rates for all batches of the step, and descend on the loss plus the augmented Lagrangian of the budget."""
         draws = self.draw_all()
-        cost = torch.stack([draw.cost.detach() for draw in draws]).mean()
+        cost = torch.stack([draw.cost.detach().sum(-1).mean() for draw in draws]).mean()
         _average([cost])
-        excess = float(cost) - self.settings.budget
+        excess = float(cost) - self.target
         # the gradient of multiplier * excess + penalty / 2 * excess^2, whose excess is the mean over all that accumulates
         pull = self.multiplier + self.settings.budget_penalty * excess
         self.optimizer.zero_grad()
         loss = 0.0
         for draw in draws:
-            task_loss = self.task_loss(draw)
-            ((task_loss + pull * draw.cost) / len(draws)).backward()
+            objective, task_loss = self.objective(draw, pull)
+            (objective / len(draws)).backward()
             loss += float(task_loss.detach()) / len(draws)
         gradient = self.descend()
         self.multiplier += self.settings.budget_penalty / 30 * excess
@@ -135,22 +142,36 @@ class Trainer:
         noise = gumbel_noise((len(prepared.labels), 1, self.settings.n_rates), generator).to(prepared.hidden.device) * self.noise
         logits = self.predictor(prepared.features)
         choice = gumbel_one_hot(logits, noise, self.temperature)
-        masks = masks_over_steps(choice, prepared, self.settings.residency)
+        masks = masks_over_steps(choice, prepared, self.settings.residency, self.settings.delay)
+        return Draw(prepared, logits, masks, self.cost(prepared, masks))
+
+    def cost(self, prepared: Prepared, masks: Float[Tensor, "batch step image_token"]) -> Float[Tensor, "batch step"]:
+        """What each step costs under these masks, as a share of the answer's unpruned cost."""
         n_image = prepared.image.sum(1)
         n_text = prepared.real[:, : prepared.n_prompt].sum(1) - n_image
-        cost = remaining(
+        return remaining_by_step(
             self.settings.unit, self.shape, masks.sum(-1), n_image, n_text, prepared.valid, self.settings.first_pruned_layer
         )
-        return Draw(prepared, logits, masks, cost.mean())
+
+    def objective(self, draw: Draw, pull: float) -> tuple[Tensor, Tensor]:
+        """What one draw adds to what is descended on, and the loss in it (nats a token). pull: price of the cost."""
+        loss = self.task_loss(draw)
+        return loss + pull * draw.cost.sum(-1).mean(), loss
 
     def task_loss(self, draw: Draw) -> Tensor:
-        """Cross-entropy with the references, nats a token, or divergence from the unpruned model."""
-        prepared, valid = draw.prepared, draw.prepared.valid
-        logits = masked_logits(self.model, self.predictor, prepared, draw.masks, self.settings.checkpointing)[valid].float()
+        """The mean loss over all tokens of the batch, nats a token."""
+        return self.losses(draw.prepared, draw.masks)[draw.prepared.valid].mean()
+
+    def losses(self, prepared: Prepared, masks: Float[Tensor, "batch step image_token"]) -> Float[Tensor, "batch step"]:
+        """Cross-entropy of each token with the references in nats, or divergence from the unpruned model; 0 after the end."""
+        valid = prepared.valid
+        logits = masked_logits(self.model, self.predictor, prepared, masks, self.settings.checkpointing)[valid].float()
         if prepared.teacher is None:
-            return F.cross_entropy(logits, prepared.labels[valid])
-        teacher = prepared.teacher[valid].float().log_softmax(-1)
-        return F.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="batchmean")
+            losses = F.cross_entropy(logits, prepared.labels[valid], reduction="none")
+        else:
+            teacher = prepared.teacher[valid].float().log_softmax(-1)
+            losses = F.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="none").sum(-1)
+        return torch.zeros_like(valid, dtype=losses.dtype).masked_scatter(valid, losses)
 
     def descend(self) -> float:
         """One step of Adam with the mean gradient of all processes, clipped to length 1. Returns its length before."""
@@ -163,8 +184,8 @@ class Trainer:
 
     def record(self, draws: Sequence[Draw], loss: float, cost: float, gradient: float) -> None:
         """Append a row to the history. retention, spread: mean and deviation over steps and answers; entropy: nats a choice."""
-        shares = [(d.masks.detach().sum(-1) / d.prepared.image.sum(1)[:, None])[d.prepared.valid] for d in draws]
-        retention = torch.cat(shares)
+        shares = [(d.masks.detach().sum(-1) / d.prepared.image.sum(1)[:, None])[..., d.prepared.valid] for d in draws]
+        retention = torch.cat([share.flatten() for share in shares])
         logits = torch.cat([d.logits.detach()[d.prepared.valid] for d in draws])
         self.history.append({
             "step": self.step, "loss": loss, "cost": cost, "retention": float(retention.mean()), "spread": float(retention.std()),
@@ -179,34 +200,6 @@ class Trainer:
                 if sign.name not in self.warned:
                     write(f"warning at step {self.step}: {sign}")
                 self.warned.add(sign.name)
-
-    # -- the checkpoint --------------------------------------------------------------------------------------------------
-
-    def save(self) -> None:
-        tensors = {f"predictor.{name}": value for name, value in self.predictor.state_dict().items()}
-        for name, parameter in self.predictor.named_parameters():
-            tensors |= {f"adam.{name}:{moment}": value for moment, value in self.optimizer.state[parameter].items()}
-        tensors = {name: value.detach().cpu() for name, value in tensors.items()}
-        about = {"settings": asdict(self.settings), "step": self.step, "multiplier": self.multiplier, "history": self.history}
-        write_whole(self.checkpoint, lambda part: save_file(tensors, part, metadata={"about": json.dumps(about)}))
-
-    def load(self) -> None:
-        """Go on from the checkpoint. Raises ValueError if it is of a training with other settings."""
-        with safe_open(self.checkpoint, "pt") as file:
-            about = json.loads(file.metadata()["about"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        mine, theirs = asdict(self.settings), about["settings"]
-        if differing := [name for name in mine | theirs if mine.get(name) != theirs.get(name)]:
-            raise ValueError(
-                f"{self.checkpoint} holds a training with other settings ({', '.join(differing)}): name another folder, "
-                "or remove it to start anew"
-            )
-        weights = {name.removeprefix("predictor."): value for name, value in tensors.items() if name.startswith("predictor.")}
-        self.predictor.load_state_dict(weights)
-        for name, parameter in self.predictor.named_parameters():
-            moments = {moment: tensors[f"adam.{name}:{moment}"] for moment in ("step", "exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()}
-        self.step, self.multiplier, self.history = about["step"], about["multiplier"], about["history"]
 
 
 def _average(tensors: list[Tensor]) -> None:

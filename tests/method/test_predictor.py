@@ -23,7 +23,7 @@ from dyrate.predictor import (
     rate_masks,
 )
 from dyrate.strategies.dyrate import DyRate
-from dyrate.teacher_forcing import frozen, masked_logits, masks_over_steps, prepare_tokens
+from dyrate.teacher_forcing import frozen, masked_logits, masks_over_steps, prepare_tokens, without_unseen
 from dyrate.training import Settings, Trainer
 from dyrate.training.__main__ import main, split_validation
 from laws import long_images
@@ -406,3 +406,19 @@ def test_no_image_is_both_trained_on_and_validated_on():
     assert split_validation(Examples(examples[::-1], "mine"))[1].items[::-1] == validation.items  # by name, not by order
     with pytest.raises(ValueError, match="one image cannot be split"):
         split_validation(Examples(examples[:3], "mine"))
+
+
+def test_image_tokens_that_no_step_sees_may_be_left_out(family):
+    model, inputs = family
+    predictor = random_predictor(model, "evict")
+    prepared = prepare_tokens(model, predictor, inputs, ANSWERS)
+    masks = (torch.rand(*prepared.valid.shape, prepared.image.shape[1], generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    masks = masks * prepared.image[:, None]
+    masks[:, :, 1:] = 0
+    masks[0] = 0  # a row that sees none beside one that sees one
+    shorter, left = without_unseen(prepared, masks)
+    assert shorter.hidden.shape[1] < prepared.hidden.shape[1] and left[0].sum() == 0
+    whole = masked_logits(model, predictor, prepared, masks.clone().requires_grad_())
+    with torch.no_grad():
+        found = masked_logits(model, predictor, prepared, masks)
+    assert (found - whole)[prepared.valid].abs().max() < 1e-4

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +121,7 @@ def condition(
         return replace(condition_of(ROOT / line["predictor"]), **how)
     settings = Settings(**line["train"])
     about = {k: v for k, v in describe(model).items() if k in ("family", "parameters", "layers", "heads")}
-    decisive = {"settings": asdict(settings), "model": about, "examples": [e.name for e in (*learn, *validation)]}
+    decisive = {"settings": settings.decisive(), "model": about, "examples": [e.name for e in (*learn, *validation)]}
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]
     name = re.sub(r"[^a-z0-9.]+", "-", f"{line['group']} {line['label']}".lower())
     folder = next(trained.glob(f"*-{key}"), trained / f"{name}-{key}")  # lines of several groups may share one
