@@ -27,7 +27,7 @@ from dyrate.models import describe
 from dyrate.recording import record_examples
 from dyrate.strategies import STRATEGIES
 from study.answers import Condition, answer_all
-from study.compared import LATE, LATE_METHODS, METHODS, QUESTIONS, RETENTIONS
+from study.compared import LATE, LATE_METHODS, METHODS, QUESTIONS, RETENTIONS, scanned_layers
 from study.examples import TASKS, SceneExample, examples
 from study.pocket.language import PROMPTS
 from study.pocket.scenes import compose, render
@@ -62,8 +62,9 @@ def parts(n_layers: int) -> list[Part]:
     full = Condition("Full", STRATEGIES["Full"](), "Full")
     blind = Condition("no image", STRATEGIES["RandomPrune"](rate=1.0, first_pruned_layer=0), "no image", 0.0)
     tenth = _at("RandomPrune", 0.1, n_layers, 2)
-    layers = sorted({k for k in (1, 2, 3, 4, 6, 8, 11, 14, 18, 22) if k < 0.8 * n_layers})
-    scan = [_at(name, x, n_layers, k) for x in RETENTIONS[1:] for k in layers for name in ("FastV", "RandomPrune")]
+    scan = [
+        _at(name, x, n_layers, k) for x in RETENTIONS[1:] for k in scanned_layers(n_layers) for name in ("FastV", "RandomPrune")
+    ]
     methods = [_at(name, x, n_layers) for x in RETENTIONS for name in METHODS]
     late = [_at(name, x, n_layers) for x in RETENTIONS for name in LATE_METHODS]
     return [
