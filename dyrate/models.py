@@ -120,10 +120,11 @@ def _check_family(config, name) -> None:
 def describe(model: PreTrainedModel) -> dict:
     """A model's facts for captions and records: family, parameters, layers, heads, dtype, device, revision (of a hub's)."""
     text = model.config.get_text_config()
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
     return {
         "family": model.config.model_type, "parameters": sum(p.numel() for p in model.parameters()),
         "layers": text.num_hidden_layers, "heads": text.num_attention_heads,
-        "dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."), "device": device,
         "revision": getattr(model.config, "_commit_hash", None),
     }  # fmt: skip
 

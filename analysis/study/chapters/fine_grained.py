@@ -20,22 +20,26 @@ CONSTANTS = ("FastV", "RandomPrune")
 SCHEDULES = ("LinearAnneal", "PyramidDrop", "FastVRerank")  # that do not keep one set of tokens throughout
 BASES = {"retention": "equal retention", "computation": "equal computation"}
 TASKS = (TASK, *LATE, *QUESTIONS)
+LAYER = 2  # the first pruned layer of the constants
 ENOUGH = 0.5  # a task of which the unpruned model does less measures nothing on that model
-
-
-def part_of(task: str) -> str:
-    """The part of the reference run that holds a task's rows."""
-    return "questions" if task in QUESTIONS else "late" if task in LATE else "methods"
 
 
 @cache
 def measured(lab: Laboratory, task: str) -> pd.DataFrame:
-    """Rows of one task with both costs: retention, and computation, the decoder's multiply-accumulates over the unpruned ones."""
-    rows = lab.rows(part_of(task))
-    rows = rows[rows.task == task].copy()
-    macs = rows.prefill + rows.decode
-    rows["computation"] = macs / macs[rows.method == "Full"].mean()
-    return rows
+    """Rows of one task with both costs: retention, and computation, the decoder's multiply-accumulates over the unpruned ones.
+
+    From the part that asks most of it; the scan of layers has the constants of some questions. Empty where none asks it.
+    """
+    for part in ("methods", "late", "questions", "layers"):
+        if lab.has(part) and (lab.rows(part).task == task).any():
+            rows = lab.rows(part)
+            rows = rows[rows.task == task].copy()
+            if part == "layers":
+                rows = rows[(rows.method == "Full") | (rows.first_pruned_layer == LAYER)]
+            macs = rows.prefill + rows.decode
+            rows["computation"] = macs / macs[rows.method == "Full"].mean()
+            return rows
+    return pd.DataFrame(columns=["task", "sample", "method", "budget", "score", *BASES])
 
 
 def curve(lab: Laboratory, task: str, method: str, basis: str) -> tuple[np.ndarray, pd.DataFrame]:
@@ -63,6 +67,8 @@ def losses(laboratories: tuple[Laboratory, ...], retention: float = RETENTION) -
     for lab in laboratories:
         for task in TASKS:
             of = measured(lab, task)
+            if of.empty:
+                continue
             full = of[of.method == "Full"].set_index("sample").score
             for method in CONSTANTS:
                 mine = of[(of.method == method) & (of.budget == retention)].set_index("sample")
@@ -88,6 +94,8 @@ def against_constants(laboratories: tuple[Laboratory, ...]) -> pd.DataFrame:
             for method in SCHEDULES:
                 for budget in RETENTIONS:
                     mine = of[(of.method == method) & (of.budget == budget)]
+                    if mine.empty:
+                        continue
                     row = {"laboratory": lab.name, "task": task, "method": method, "budget": budget, "score": mine.score.mean()}
                     row |= {basis: mine[basis].mean() for basis in BASES}
                     for basis in BASES:
@@ -170,7 +178,7 @@ def losses_shown(table: pd.DataFrame) -> pd.DataFrame:
     table = table.assign(text=text, task=table.task.map(shown))
     wide = table.pivot(index=["task", "method"], columns="laboratory", values="text")
     order = list(dict.fromkeys(zip(table.task, table.method, strict=True)))
-    return wide.loc[order, list(dict.fromkeys(table.laboratory))].reset_index()
+    return wide.loc[order, list(dict.fromkeys(table.laboratory))].fillna("not measured").reset_index()
 
 
 def compared_shown(table: pd.DataFrame, laboratory: str) -> pd.DataFrame:
