@@ -24,10 +24,9 @@ def page(repository: str | None) -> str:
 def bibtex(key: str, work: dict) -> str:
     """One work of a CITATION.cff as a BibTeX entry: `@software`, or `@article` for an article."""
     kind = "article" if work["type"] == "article" else "software"
-    values = {
-        "title": f"{{{work['title']}}}", "author": " and ".join(map(author, work["authors"])),
-        "year": work.get("year") or str(work.get("date-released", ""))[:4], "version": work.get("version"), "url": work.get("url"),
-    }  # fmt: skip
+    year = work.get("year") or str(work.get("date-released", ""))[:4]
+    values = {"title": f"{{{work['title']}}}", "author": " and ".join(map(author, work["authors"])), "year": year}
+    values |= {name: work.get(name) for name in ("version", "url")}
     for identifier in work.get("identifiers", []):
         if number := re.fullmatch(r"arXiv:([\d.]+)", identifier["value"]):
             values |= {"journal": f"arXiv preprint {identifier['value']}", "eprint": number[1], "archivePrefix": "arXiv"}
