@@ -44,8 +44,13 @@ def show_fields(app, what: str, name: str, obj, options, signature: str | None, 
     """The signature of a dataclass: its fields with their defaults, also where `__new__` hides them."""
     if what != "class" or not dataclasses.is_dataclass(obj):
         return None
-    fields = [p.replace(annotation=AsWritten(p.annotation)) for p in init_parameters(obj)]
+    fields = [p.replace(annotation=AsWritten(as_text(p.annotation))) for p in init_parameters(obj)]
     return str(inspect.Signature(fields)).replace("<factory>", "..."), returns
+
+
+def as_text(annotation) -> str:
+    """An annotation that is a string already, under `from __future__ import annotations`, or a type."""
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
 
 
 class AsWritten(str):

@@ -1,6 +1,7 @@
 """What a published book has beside its pages: an address for each page, a sitemap, and the card that a shared link shows.
 
-A Sphinx extension. SITE_URL says where the book will stand; without it no page names an address and there is no sitemap.
+A Sphinx extension. SITE_URL says where the book will stand; without it no page names an address and there is no sitemap. In the
+one page that becomes the PDF, figures are no links to themselves.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ CARD = "_static/card.png"
 
 
 def setup(app) -> dict:
-    app.connect("config-inited", set_address)
+    app.connect("builder-inited", set_address)
     app.connect("html-page-context", open_graph)
     app.connect("build-finished", write_sitemap)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
-def set_address(app, config) -> None:
+def set_address(app) -> None:
     """The book's address, from which Sphinx makes each page's canonical link."""
+    app.config.html_scaled_image_link = app.builder.name != "singlehtml"
     if site := os.environ.get("SITE_URL"):
-        config.html_baseurl = site.rstrip("/") + "/"
+        app.config.html_baseurl = site.rstrip("/") + "/"
 
 
 def open_graph(app, name: str, template: str, context: dict, doctree) -> None:
@@ -35,7 +37,7 @@ def open_graph(app, name: str, template: str, context: dict, doctree) -> None:
         "og:type": "article", "og:site_name": app.config.html_title, "og:title": doctree_title(doctree) or context["title"],
         "og:description": first_sentences(doctree), "og:url": f"{app.config.html_baseurl}{name}.html",
     }  # fmt: skip
-    if (Path(app.outdir) / CARD).exists() or (Path(app.confdir) / "_assets" / "card.png").exists():
+    if (Path(app.srcdir) / "_assets" / "card.png").exists():
         about["og:image"] = app.config.html_baseurl + CARD
     tags = [f'<meta property="{key}" content="{escape(value)}" />' for key, value in about.items()]
     tags += ['<meta name="twitter:card" content="summary_large_image" />'] if "og:image" in about else []
