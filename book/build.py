@@ -21,6 +21,7 @@ import links
 import model_matrix
 import nbformat
 import pdf
+import phones
 import yaml
 from how_made import how_made, not_run, title
 
@@ -89,7 +90,8 @@ def take_away(printed: Path | None) -> str:
 
 def write_pages(executed: list[Path], repository: str | None) -> Path:
     """Write executed notebooks, and the pages that follow from their results, into the book; return its table of contents."""
-    shutil.rmtree(BOOK / "analysis", ignore_errors=True)
+    for generated in (BOOK / "analysis", BOOK / "_assets" / phones.FOLDER):
+        shutil.rmtree(generated, ignore_errors=True)
     (BOOK / "analysis").mkdir()
     for picture in ("hero.png", "card.png"):
         (BOOK / "_assets" / picture).unlink(missing_ok=True)
@@ -98,11 +100,14 @@ def write_pages(executed: list[Path], repository: str | None) -> Path:
         notebook = nbformat.read(page, 4)
         results = ROOT / parameter(notebook, "results")
         heading = title(notebook)
+        phones.save_pictures(notebook, BOOK / "_assets")
         nbformat.write(links.with_links(notebook, page.name, repository, results), BOOK / "analysis" / page.name)
         made.append((page.stem, heading, json.loads((results / f"{page.stem}.json").read_text())))
         for picture in results.glob("*_words.png"):
             shutil.copy(picture, BOOK / "_assets" / "hero.png")
             card.write_card(picture, *headings(), BOOK / "_assets" / "card.png")
+    if (narrow := BOOK / "_assets" / phones.FOLDER / "fig-tokens-on-image.png").exists():
+        shutil.copy(narrow, narrow.with_name("fig-hero.png"))  # the same figure
     (BOOK / "made.md").write_text(how_made(made) + not_run({page.stem for page in executed}))
     (BOOK / "_found.md").write_text(findings(made))
     beside = "".join(f"\n{content['texts']['front_page']}\n" for _, _, content in made if "front_page" in content["texts"])

@@ -211,6 +211,8 @@ class Links(HTMLParser):
             self.targets.append(a["href"])
         if tag in ("script", "img", "iframe", "source") and a.get("src"):
             self.loaded.append(a["src"])
+        if tag == "source" and a.get("srcset"):
+            self.loaded.append(a["srcset"])
         if tag == "link" and a.get("href") and a.get("rel") not in ("canonical", "index", "search", "next", "prev"):
             self.loaded.append(a["href"])
         if tag == "img":
