@@ -49,16 +49,30 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     toc = write_pages(pages, given.repository)
     shutil.rmtree(given.out, ignore_errors=True)
-    printed = print_book(given.out, toc, given.profile)
-    (BOOK / "_take_away.md").write_text(take_away(printed))
-    if done := render("html", given.out, toc, given.site):
+    if done := render_all(given.out, toc, given.profile, given.site):
         return done
-    if printed:
-        shutil.move(printed, given.out / "html" / PDF)
     if given.repository:
         links.write_for_colab(given.out / "colab", given.repository)
     print(f"the book: {given.out / 'html' / 'index.html'}")
     return 0
+
+
+def render_all(out: Path, toc: Path, profile: str, site: str | None) -> int:
+    """Render the book, first as one page that is printed, then as its pages, which offer what was printed; the exit status."""
+    links_of_front_page = BOOK / "_take_away.md"
+    links_of_front_page.write_text(f"*The DyRate study, measured with the profile `{profile}`.*\n")
+    program, printed = pdf.browser(), out / PDF
+    if not program:
+        print(f"no PDF of the whole book: none of {', '.join(pdf.BROWSERS)} is installed")
+    elif done := render("singlehtml", out, toc):
+        return done
+    elif pdf.print_page(program, out / "singlehtml" / "intro.html", printed):
+        shutil.rmtree(out / "singlehtml")
+    links_of_front_page.write_text(take_away(printed))
+    done = render("html", out, toc, site)
+    if done == 0 and printed.exists():
+        shutil.move(printed, out / "html" / PDF)
+    return done
 
 
 def render(builder: str, out: Path, toc: Path, site: str | None = None) -> int:
@@ -69,22 +83,10 @@ def render(builder: str, out: Path, toc: Path, site: str | None = None) -> int:
     return subprocess.run(command, cwd=ROOT, env=os.environ | {"SITE_URL": site or ""}).returncode
 
 
-def print_book(out: Path, toc: Path, profile: str) -> Path | None:
-    """The PDF of the whole book; None, with the reason on the screen, where there is none."""
-    if not (program := pdf.browser()):
-        print(f"no PDF of the whole book: none of {', '.join(pdf.BROWSERS)} is installed")
-        return None
-    (BOOK / "_take_away.md").write_text(f":::{{div}} launch\nThe DyRate study, measured with the profile `{profile}`.\n:::\n")
-    if render("singlehtml", out, toc):
-        return None  # the pages themselves will fail for the same reason
-    printed = pdf.print_page(program, out / "singlehtml" / "intro.html", out / PDF)
-    shutil.rmtree(out / "singlehtml")
-    return out / PDF if printed else None
-
-
-def take_away(printed: Path | None) -> str:
-    """The line of links on the front page."""
-    whole = [f'<a href="{PDF}">The whole book as a PDF</a> ({printed.stat().st_size / 2**20:.0f} MB)'] if printed else []
+def take_away(printed: Path) -> str:
+    """The line of links on the front page. printed: the book's PDF, offered if it is there."""
+    size = f"{printed.stat().st_size / 2**20:.0f} MB" if printed.exists() else ""
+    whole = [f'<a href="{PDF}">The whole book as a PDF</a> ({size})'] if size else []
     return f":::{{div}} launch\n{' · '.join([*whole, '{ref}`How to cite <cite>`', '{ref}`Glossary <glossary>`'])}\n:::\n"
 
 

@@ -32,5 +32,6 @@ def print_page(program: str, page: Path, pdf: Path) -> bool:
             return False
     if done.returncode or not pdf.exists():
         print(f"no PDF: {program} failed:\n{done.stderr[-500:]}")
+        pdf.unlink(missing_ok=True)  # whole or not at all
         return False
     return True

@@ -16,12 +16,13 @@ IMAGE = re.compile(r'(<figure[^>]*\bid="([\w-]+)"[^>]*>\s*(?:<a [^>]*>)?)(<img [
 
 
 def save_pictures(notebook, assets: Path) -> None:
-    """Write the pictures for phones of a notebook's figures into `assets`, each under its figure's name."""
+    """Move the pictures for phones out of a notebook's outputs into `assets`, each under its figure's name."""
     (assets / FOLDER).mkdir(exist_ok=True)
     for cell in notebook.cells:
         name = cell.metadata.get("mystnb", {}).get("figure", {}).get("name")
-        for output in cell.get("outputs", []) if name else []:
-            if picture := output.get("data", {}).get(TYPE):
+        for output in cell.get("outputs", []):
+            picture = output.get("data", {}).pop(TYPE, None)  # of a type that pages do not know
+            if picture and name:
                 (assets / FOLDER / f"{name}.png").write_bytes(base64.b64decode(picture))
 
 
