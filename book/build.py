@@ -1,7 +1,8 @@
 """Build the book from executed notebooks: python book/build.py --profile pocket
 
-Takes the notebooks that analysis/run.py executed for a profile, writes the page that says how each was made, and renders
-everything with warnings as errors into book/_build/html. Nothing is executed here.
+Takes the notebooks that analysis/run.py executed for a profile, writes the pages that follow from their results, and renders
+everything with warnings as errors into book/_build/html, with the whole book as one PDF beside the pages where there is a
+Chromium to print it. Nothing is executed here.
 """
 
 from __future__ import annotations
@@ -14,23 +15,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import card
+import cite
+import links
 import model_matrix
 import nbformat
-import pandas as pd
+import pdf
+import phones
 import yaml
+from how_made import how_made, not_run, title
 
-from study.book import ROOT, shown_table
-from study.profiles import NOTEBOOKS
-from study.protocol import reported
-from study.quality import BARS
+from study.book import ROOT
 
 BOOK = Path(__file__).resolve().parent
+PDF = "dyrate-study.pdf"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--profile", default="pocket", help="whose executed notebooks to show")
     parser.add_argument("--repository", default=os.environ.get("GITHUB_REPOSITORY"), help="owner/name on GitHub, for links")
+    parser.add_argument("--site", default=os.environ.get("SITE_URL"), help="address at which the book will be published")
     parser.add_argument("--out", type=Path, default=BOOK / "_build")
     given = parser.parse_args(argv)
     executed = ROOT / "build" / "analysis" / given.profile
@@ -43,38 +48,84 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {failed[0].relative_to(ROOT)} failed; repair it and run it again before building the book")
         return 2
     toc = write_pages(pages, given.repository)
-    program = "from jupyter_book.cli.main import main; main()"  # the command of this interpreter, wherever PATH leads
-    options = ["--path-output", str(given.out.parent), "--toc", str(toc), "-W", "-n", "--keep-going", "-q"]
-    command = [sys.executable, "-c", program, "build", str(BOOK), *options]
     shutil.rmtree(given.out, ignore_errors=True)
-    done = subprocess.run(command, cwd=ROOT).returncode
-    if done == 0:
-        print(f"the book: {given.out / 'html' / 'index.html'}")
+    if done := render_all(given.out, toc, given.profile, given.site):
+        return done
+    if given.repository:
+        links.write_for_colab(given.out / "colab", given.repository)
+    print(f"the book: {given.out / 'html' / 'index.html'}")
+    return 0
+
+
+def render_all(out: Path, toc: Path, profile: str, site: str | None) -> int:
+    """Render the book, first as one page that is printed, then as its pages, which offer what was printed; the exit status."""
+    links_of_front_page = BOOK / "_take_away.md"
+    links_of_front_page.write_text(f"*The DyRate study, measured with the profile `{profile}`.*\n")
+    program, printed = pdf.browser(), out / PDF
+    if not program:
+        print(f"no PDF of the whole book: none of {', '.join(pdf.BROWSERS)} is installed")
+    elif done := render("singlehtml", out, toc):
+        return done
+    elif pdf.print_page(program, out / "singlehtml" / "intro.html", printed):
+        shutil.rmtree(out / "singlehtml")
+    links_of_front_page.write_text(take_away(printed))
+    done = render("html", out, toc, site)
+    if done == 0 and printed.exists():
+        shutil.move(printed, out / "html" / PDF)
     return done
+
+
+def render(builder: str, out: Path, toc: Path, site: str | None = None) -> int:
+    """Run one of Sphinx's builders on the book, into the folder of its name in `out`; its exit status."""
+    program = "from jupyter_book.cli.main import main; main()"  # the command of this interpreter, wherever PATH leads
+    options = ["--path-output", str(out.parent), "--toc", str(toc), "-W", "-n", "--keep-going", "-q", "--builder", builder]
+    command = [sys.executable, "-c", program, "build", str(BOOK), *options]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"SITE_URL": site or ""}).returncode
+
+
+def take_away(printed: Path) -> str:
+    """The line of links on the front page. printed: the book's PDF, offered if it is there."""
+    size = f"{printed.stat().st_size / 2**20:.0f} MB" if printed.exists() else ""
+    whole = [f'<a href="{PDF}">The whole book as a PDF</a> ({size})'] if size else []
+    return f":::{{div}} launch\n{' · '.join([*whole, '{ref}`How to cite <cite>`', '{ref}`Glossary <glossary>`'])}\n:::\n"
 
 
 def write_pages(executed: list[Path], repository: str | None) -> Path:
     """Write executed notebooks, and the pages that follow from their results, into the book; return its table of contents."""
-    shutil.rmtree(BOOK / "analysis", ignore_errors=True)
+    for generated in (BOOK / "analysis", BOOK / "_assets" / phones.FOLDER):
+        shutil.rmtree(generated, ignore_errors=True)
     (BOOK / "analysis").mkdir()
-    (BOOK / "_assets" / "hero.png").unlink(missing_ok=True)
+    for picture in ("hero.png", "card.png"):
+        (BOOK / "_assets" / picture).unlink(missing_ok=True)
     made = []
     for page in executed:
         notebook = nbformat.read(page, 4)
         results = ROOT / parameter(notebook, "results")
-        nbformat.write(with_links(notebook, page.name, repository), BOOK / "analysis" / page.name)
-        made.append((page.stem, title(notebook), json.loads((results / f"{page.stem}.json").read_text())))
+        heading = title(notebook)
+        phones.save_pictures(notebook, BOOK / "_assets")
+        nbformat.write(links.with_links(notebook, page.name, repository, results), BOOK / "analysis" / page.name)
+        made.append((page.stem, heading, json.loads((results / f"{page.stem}.json").read_text())))
         for picture in results.glob("*_words.png"):
             shutil.copy(picture, BOOK / "_assets" / "hero.png")
+            card.write_card(picture, *headings(), BOOK / "_assets" / "card.png")
+    if (narrow := BOOK / "_assets" / phones.FOLDER / "fig-tokens-on-image.png").exists():
+        shutil.copy(narrow, narrow.with_name("fig-hero.png"))  # the same figure
     (BOOK / "made.md").write_text(how_made(made) + not_run({page.stem for page in executed}))
     (BOOK / "_found.md").write_text(findings(made))
     beside = "".join(f"\n{content['texts']['front_page']}\n" for _, _, content in made if "front_page" in content["texts"])
     (BOOK / "_finding.md").write_text(f":::{{div}} finding\n{finding_of(made[0][2])}\n:::\n{beside}")
     (BOOK / "_hero.md").write_text(hero(made))
     (BOOK / "models.md").write_text(model_matrix.page())
+    (BOOK / "cite.md").write_text(cite.page(repository))
     toc = BOOK / "_toc.generated.yml"
     toc.write_text(yaml.safe_dump(with_pages(yaml.safe_load((BOOK / "_toc.yml").read_text()), {p.stem for p in executed})))
     return toc
+
+
+def headings() -> tuple[str, str]:
+    """The book's title, and the question that heads its front page."""
+    question = (BOOK / "intro.md").read_text().splitlines()[0].removeprefix("# ")
+    return yaml.safe_load((BOOK / "_config.yml").read_text())["title"], question
 
 
 def with_pages(toc: dict, stems: set[str]) -> dict:
@@ -87,25 +138,6 @@ def with_pages(toc: dict, stems: set[str]) -> dict:
 def parameter(notebook, name: str):
     """The value with which papermill ran a notebook."""
     return notebook.metadata["papermill"]["parameters"][name]
-
-
-def title(notebook) -> str:
-    """A notebook's first heading."""
-    first = next(c.source for c in notebook.cells if c.cell_type == "markdown" and "# " in c.source)
-    return next(line[2:] for line in first.splitlines() if line.startswith("# "))
-
-
-def with_links(notebook, name: str, repository: str | None):
-    """Add, under the title, links to the source notebook: the one without outputs that a reader runs."""
-    links = [f"{{download}}`Download the source notebook <../../analysis/{name}>`"]
-    if repository:
-        links += [
-            f"[source on GitHub](https://github.com/{repository}/blob/main/analysis/{name})",
-            f"[run it on Binder](https://mybinder.org/v2/gh/{repository}/HEAD?labpath=analysis/{name})",
-        ]
-    cell = nbformat.v4.new_markdown_cell(" · ".join(links))
-    notebook.cells.insert(1, cell)
-    return notebook
 
 
 def findings(made: list) -> str:
@@ -128,82 +160,6 @@ def hero(made: list) -> str:
         return ""
     alt = "An image, and beside it, on scenes, the same under a heat map of the model's attention for tokens of its answer."
     return f"```{{figure}} _assets/hero.png\n:name: fig-hero\n:alt: {alt}\n:width: 100%\n\n{captions[0]}\n```\n"
-
-
-def not_run(stems: set[str]) -> str:
-    """A section for each chapter that this profile did not run, so that what refers to it leads somewhere."""
-    lines = []
-    for source in [notebook for notebook in NOTEBOOKS if notebook.stem not in stems]:
-        notebook = nbformat.read(source, 4)
-        label = notebook.cells[0].source.splitlines()[0]
-        lines += [label, f"## {title(notebook)}", "", f"Not run with this profile: `--only {source.name[:2]}` runs it.", ""]
-    return "\n".join(lines)
-
-
-def how_made(made: list) -> str:
-    """The page that says where every number comes from."""
-    lines = [
-        "(how-made)=", "# How this was made", "",
-        "Each chapter is a notebook that papermill executed with the parameters below; the book executes nothing. Headline "
-        "numbers are in `data/results/`, with 95 % bootstrap intervals, and `make check-results` measures them again.", "",
-    ]  # fmt: skip
-    lines += protocol_section(made)
-    for name, heading, content in made:
-        about = content["provenance"]
-        packages = ", ".join(f"{k} {v}" for k, v in about["packages"].items())
-        changed = " with uncommitted changes" if about["uncommitted_changes"] else ""
-        lines += [
-            f"## {heading}", "", "| | |", "|---|---|",
-            f"| notebook | `analysis/{name}.ipynb` |", f"| profile | `{about['profile']}` |",
-            f"| parameters | `{json.dumps(about['parameters'])}` |",
-            f"| commit | `{(about['commit'] or 'none')[:12]}`{changed} |",
-            f"| device | {about['device']} |", f"| duration | {about['seconds']:.0f} s |",
-            f"| versions | Python {about['python']}, {packages} |",
-        ]  # fmt: skip
-        if lost := content.get("left_out"):
-            shown = "; ".join(lost[:5]).replace("|", "/") + (f"; all {len(lost)} in `{name}.json`" if len(lost) > 5 else "")
-            lines.append(f"| left out | {shown} |")
-        lines.append("")
-    lines += pocket_section()
-    return "\n".join(lines) + "\n"
-
-
-def protocol_section(made: list) -> list[str]:
-    """The protocol ledger: under which conditions each chapter's numbers, and each reported figure, were made."""
-    measured = pd.DataFrame([{"chapter": name} | row for name, _, content in made for row in content["protocol"]])
-    cited = reported("protocols").drop(columns="file").rename(columns={"rows": "of the rows"})
-    cited["of the rows"] = cited["of the rows"].map(lambda query: f"`{query}`" if query else "all")
-    return [
-        "(protocols)=", "## Protocols", "",
-        "A number compares with another only where both were made alike. {numref}`tab-protocols-measured` says how each "
-        "chapter's numbers were made, {numref}`tab-protocols-reported` how the figures that the book cites were: *stated* is "
-        "what a paper says, *inferred* what we conclude, with the reason. The tables scroll sideways.", "",
-        shown_table(measured, "Measured here: one row for each chapter and task.", "tab-protocols-measured").data, "",
-        shown_table(cited, "Reported: one row for each group of figures in `data/reported/`.", "tab-protocols-reported").data, "",
-    ]  # fmt: skip
-
-
-def pocket_section() -> list[str]:
-    """How the pocket LLaVA was trained and what quality it reaches, from the records that its programs wrote."""
-    record = json.loads((ROOT / "data" / "pocket" / "training.json").read_text())
-    lines = [
-        "## The pocket LLaVA", "",
-        f"Trained by `make pocket` on {record['scenes_seen']:,} rendered scenes in {record['hours']} hours on "
-        f"{record['device']} (seed {record['config']['seed']}).", record.get("notes", ""), "",
-    ]  # fmt: skip
-    quality = ROOT / "data" / "results" / "pocket" / "pocket_quality.json"
-    if quality.exists():
-        measured = json.loads(quality.read_text())
-        n = measured["cider_short"]["n"]
-        lines += [
-            f"Measured on {n:,} scenes that it was not trained on; *cider short* in units where papers print 100 for 1.0.", "",
-            "| measure | measured | 95 % interval | bar | |", "|---|---|---|---|---|",
-        ]  # fmt: skip
-        for name, bar in BARS.items():
-            m = measured[name]
-            met = "met" if m["value"] >= bar else "missed"
-            lines.append(f"| {name.replace('_', ' ')} | {m['value']:.3f} | {m['low']:.3f} to {m['high']:.3f} | {bar} | {met} |")
-    return [*lines, ""]
 
 
 if __name__ == "__main__":

@@ -12,11 +12,14 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+from IPython import get_ipython
 from IPython.display import Markdown
+from matplotlib.figure import Figure
 from myst_nb import glue
 
 from dyrate.atomic import write_whole
 from dyrate.data import Examples, one_line
+from study.figures import phone
 from study.profiles import ROOT
 from study.protocol import protocol_rows
 
@@ -35,6 +38,8 @@ class Chapter:
         self.protocols: list[dict] = []
         self.left_out: list[str] = []
         warnings.formatwarning = one_line  # for the runner to repeat
+        if notebook := get_ipython():  # which then stores each figure in a phone's shape too
+            notebook.display_formatter.mimebundle_formatter.for_type(Figure, phone.bundle)
 
     def number(self, key: str, value: float | Mapping | pd.Series) -> None:
         """Record and glue a headline number: a plain value, or one with its interval, of which `NUMBER` is kept.

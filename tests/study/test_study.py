@@ -38,10 +38,11 @@ def smoke():
 def book(smoke, tmp_path_factory):
     """The book of profile smoke, built with warnings as errors, away from the user's own."""
     out = tmp_path_factory.mktemp("book") / "_build"
-    done = subprocess.run(
-        [sys.executable, "book/build.py", "--profile", "smoke", "--out", str(out)], cwd=ROOT, capture_output=True, text=True
-    )
+    published = ["--repository", "owner/name", "--site", "https://owner.example/name"]
+    command = [sys.executable, "book/build.py", "--profile", "smoke", "--out", str(out), *published]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert BROWSER or "no PDF of the whole book" in done.stdout
     return out / "html"
 
 
@@ -167,12 +168,13 @@ def test_short_answers_alone_and_one_strategy_make_a_book(tmp_path):
     texts = json.loads((tmp_path / "results" / "03_comparison.json").read_text())["texts"]
     assert "not measured here" in texts["fastv_ranking"]
     out = tmp_path / "book" / "_build"
-    command = [sys.executable, "book/build.py", "--profile", "few", "--out", str(out)]
+    command = [sys.executable, "book/build.py", "--profile", "few", "--out", str(out), "--repository", "", "--site", ""]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     page = (out / "html" / "intro.html").read_text(encoding="utf-8")
     assert "One of the images, and the model’s answer" in page and "scene of the pocket" not in page
     assert "Not run with this profile" in (out / "html" / "made.html").read_text(encoding="utf-8")
+    assert "og:url" not in page and not list(out.glob("*/sitemap.xml")) and not (out / "colab").exists()  # published nowhere
     shutil.rmtree(ROOT / "build" / "analysis" / "few")
 
 
@@ -209,6 +211,8 @@ class Links(HTMLParser):
             self.targets.append(a["href"])
         if tag in ("script", "img", "iframe", "source") and a.get("src"):
             self.loaded.append(a["src"])
+        if tag == "source" and a.get("srcset"):
+            self.loaded.append(a["srcset"])
         if tag == "link" and a.get("href") and a.get("rel") not in ("canonical", "index", "search", "next", "prev"):
             self.loaded.append(a["href"])
         if tag == "img":
@@ -239,6 +243,38 @@ def test_no_number_is_missing_in_the_pages(book):
         assert "glue:" not in text
         assert "{numref}" not in text
         assert not re.search(r">\s*nan\s*<", text)
+
+
+def test_the_whole_book_is_one_pdf(book):
+    """With a bookmark for each chapter, and no link to the machine that printed it; where no browser is, no dead link."""
+    offered = 'href="dyrate-study.pdf"' in (book / "intro.html").read_text(encoding="utf-8")
+    assert offered == (book / "dyrate-study.pdf").exists() == bool(BROWSER)
+    if BROWSER:
+        content = (book / "dyrate-study.pdf").read_bytes()
+        bookmarks = set(re.findall(rb"/Title \(([^()]*)\)", content))
+        assert {b"Where does the attention go?", b"Limits", b"Glossary", b"How to cite"} <= bookmarks
+        assert b"file:" not in content
+
+
+def test_figures_offer_their_rows_and_the_notebook(book):
+    for notebook in NOTEBOOKS:
+        page = (book / "analysis" / f"{notebook.stem}.html").read_text(encoding="utf-8")
+        figures = [c for c in nbformat.read(notebook, 4).cells if "figure" in c.metadata.get("mystnb", {})]
+        lines = re.findall(r'<div class="rows[^"]*">(.*?)</div>', page, re.S)
+        assert len(lines) == len(figures) and all(f"{notebook.name}" in line for line in lines), notebook.name
+        assert sum(".csv" in line for line in lines) > len(lines) / 2, notebook.name  # but for pictures
+        assert f"colab.research.google.com/github/owner/name/blob/colab/{notebook.name}" in page
+        assert (book.parent / "colab" / notebook.name).exists()
+
+
+def test_a_published_book_names_its_pages(book):
+    site = "https://owner.example/name/"
+    listed = re.findall(r"<loc>(.*?)</loc>", (book / "sitemap.xml").read_text())
+    assert f"{site}intro.html" in listed and all((book / page.removeprefix(site)).exists() for page in listed)
+    page = (book / "analysis" / "01_attention.html").read_text(encoding="utf-8")
+    assert f'rel="canonical" href="{site}analysis/01_attention.html"' in page
+    picture = re.search(rf'property="og:image" content="{site}([^"]+)"', page)
+    assert picture and Image.open(book / picture[1]).size == (1200, 630)
 
 
 def open_page(path: Path, profile: Path) -> tuple[str, list[str]]:
@@ -278,3 +314,26 @@ def test_pages_in_a_browser(book, page, tmp_path):
     if page == "analysis/01_attention.html":
         assert content.count("<figure") >= 8
         assert len(re.findall(r"<img[^>]+_images/[0-9a-f]+\.png", content)) >= 8
+
+
+def widths_on_a_phone(pages: list[Path], folder: Path) -> dict[str, int]:
+    """The width that each page needs in a window of 390 pixels, a phone's."""
+    if BROWSER is None:
+        pytest.skip("no Chromium or Chrome found: install one to test the book in a browser")
+    measure = "setTimeout(() => this.dataset.needs = this.contentDocument.documentElement.scrollWidth, 3000)"
+    frames = [f'<iframe width="390" height="844" src="{page.as_uri()}" onload="{measure}"></iframe>' for page in pages]
+    (folder / "phones.html").write_text("\n".join(frames))
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--allow-file-access-from-files",
+        f"--user-data-dir={folder / 'phones'}", "--virtual-time-budget=20000", "--dump-dom", (folder / "phones.html").as_uri(),
+    ]  # fmt: skip
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=180).stdout
+    return {name: int(width) for name, width in re.findall(r'src="[^"]*/([^/"]+)"[^>]*data-needs="(\d+)"', shown)}
+
+
+def test_no_page_scrolls_sideways_on_a_phone(book, tmp_path):
+    pages = [*(book / f"{name}.html" for name in ("intro", "made", "api", "models")), *sorted((book / "analysis").glob("*.html"))]
+    (tmp_path / "wide.html").write_text("<table><tr><td style='min-width: 600px'>a wide table</td></tr></table>")
+    widths = widths_on_a_phone([*pages, tmp_path / "wide.html"], tmp_path)
+    assert widths.pop("wide.html") > 600  # the negative control
+    assert len(widths) == len(pages) and max(widths.values()) <= 390, widths

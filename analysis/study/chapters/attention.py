@@ -211,6 +211,12 @@ def by_layer_and_step(recordings: list[Recording]) -> tuple[np.ndarray, np.ndarr
     return raw, undiluted
 
 
+def layer_step_rows(raw: np.ndarray, undiluted: np.ndarray) -> pd.DataFrame:
+    """What `by_layer_and_step` returns as a table, one row for each step and layer."""
+    step, layer = np.indices(raw.shape).reshape(2, -1)
+    return pd.DataFrame({"step": step, "layer": layer, "raw": raw.ravel(), "undiluted": undiluted.ravel()})
+
+
 def token_kind(token: str, scenes: bool) -> str:
     """Kind of a generated token: object, colour, count, place or other (scenes); content or function (any other text)."""
     word = token.lower()
