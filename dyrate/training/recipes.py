@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from dyrate.predictor import gumbel_noise
 from dyrate.teacher_forcing import Prepared, masks_over_steps
-
 from dyrate.training.trainer import Draw, Trainer
 
 HOLD = 0.75  # probability that a sampled trajectory keeps its rate for another step

@@ -93,6 +93,29 @@ def test_a_line_is_compared_with_a_constant_at_the_same_retention():
     assert over[["0.5", "0.2"]].tolist() == pytest.approx([0, 0], abs=1e-12)  # a constant is as good as itself
     assert over[["same", "between"]].tolist() == pytest.approx([0.1, 0.3 - 0.4])
     assert np.isnan(over["too few"]) and table.over_low.notna().sum() == 4
+    assert (table.over_all_low.dropna() <= table.over_low[table.over_all_low.notna()]).all()  # correcting widens
     text = ablations.finding(table)
     assert "*a* matters most: +0.100 (+0.100 to +0.100) with *same* against -0.100" in text
-    assert "of 2 lines 1 score higher than the constant and 1 lower" in text and "b" not in text.split("spread: ")[1]
+    assert "Of 2 lines 1 score higher than the constant and 1 lower at equal retention" in text
+    assert "b" not in text.split("spread: ")[1]
+
+
+def test_a_line_is_compared_with_a_constant_of_the_same_computation():
+    def line(group, label, retention, macs, scores):
+        return [
+            {"group": group, "label": label, "task": "t", "sample": f"s{i}", "score": score, "retention": retention,
+             "prefill": macs - 1, "decode": 1, "tokens": 1} for i, score in enumerate(scores)
+        ]  # fmt: skip
+
+    constants = [*line(ablations.CONSTANT, "0.5", 0.5, 60, (0.8, 0.6)), *line(ablations.CONSTANT, "1", 1.0, 100, (1.0, 1.0))]
+    dear = line("a", "keeps little, costs much", 0.5, 80, (0.85, 0.75))
+    table = ablations.summary(pd.DataFrame(constants + dear)).set_index("label")
+    assert table.over["keeps little, costs much"] == pytest.approx(0.1)  # more than what keeps as much
+    assert table.at_cost["keeps little, costs much"] == pytest.approx(-0.05)  # less than what costs as much
+    assert len(ablations.once(pd.concat([table, table]))) == len(table)
+
+
+def test_two_lines_are_compared_sample_by_sample():
+    rows = pd.DataFrame({"label": list("aabb"), "sample": [1, 2, 2, 1], "score": [1.0, 0.5, 0.5, 0.6]})
+    assert ablations.difference(rows, "a", "b")["value"] == pytest.approx(0.2)
+    assert ablations.difference(rows, "a", "c") is None

@@ -27,9 +27,9 @@ from dyrate.strategies import STRATEGIES
 from dyrate.training import Settings, train
 from study import controls  # noqa: F401  (registers its strategies)
 from study.answers import Condition, answer_all
-from study.book import ROOT
+from study.book import ROOT, Chapter
 from study.examples import examples as study_examples
-from study.intervals import bootstrap
+from study.intervals import bootstrap, verdict
 from study.predictors import condition_of
 from study.scores import scored
 
@@ -145,37 +145,56 @@ def by_line(rows: pd.DataFrame, lines: Sequence[dict]) -> pd.DataFrame:
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row for each group, label and task: mean score with its interval, retention, decoder multiply-accumulates.
+    """One row for each group, label and task: mean score with its interval, retention, and decoder multiply-accumulates.
 
-    over, over_low, over_high: difference from a constant rate at the same retention, on the same samples. The constant's score
-    is interpolated between the lines of `constants`; NaN where none of them keeps as little.
+    over: difference from a constant rate at the same retention, on the same samples, with low and high; at_cost: the same at the
+    same computation (macs). The constant's score is interpolated between the lines of `constants`; NaN where none of them is
+    as cheap. The intervals over_all_low and over_all_high hold for all lines of a task at once (Bonferroni's correction).
     """
     table = []
+    rows = rows.assign(macs=rows.prefill + rows.decode)
+    compared = rows[rows.group != CONSTANT].groupby("task").apply(lambda r: r.groupby(["group", "label"]).ngroups)
     for (group, label, task), line in rows.groupby(["group", "label", "task"], sort=False):
-        score = bootstrap(line.score)
-        retention = line.retention.mean()
-        same = _constant_at(retention, rows[(rows.group == CONSTANT) & (rows.task == task)])
-        over = bootstrap((line.set_index("sample").score - same).dropna())
-        table.append(
-            {"group": group, "label": label, "task": task, **score, "retention": retention, "over": over["value"],
-             "over_low": over["low"], "over_high": over["high"], "macs": (line.prefill + line.decode).mean(),
-             "tokens": line.tokens.mean()}
-        )  # fmt: skip
+        constant = rows[(rows.group == CONSTANT) & (rows.task == task)]
+        row = {"group": group, "label": label, "task": task, **bootstrap(line.score)}
+        row |= {"retention": line.retention.mean(), "macs": line.macs.mean(), "tokens": line.tokens.mean()}
+        for name, cost in (("over", "retention"), ("at_cost", "macs")):
+            difference = (line.set_index("sample").score - _constant_at(row[cost], constant, cost)).dropna()
+            over = bootstrap(difference)
+            row |= {name: over["value"], f"{name}_low": over["low"], f"{name}_high": over["high"]}
+            if name == "over" and group != CONSTANT:
+                every = bootstrap(difference, level=1 - 0.05 / compared[task], resamples=20_000)
+                row |= {"over_all_low": every["low"], "over_all_high": every["high"]}
+        table.append(row)
     return pd.DataFrame(table)
 
 
-def _constant_at(retention: float, rows: pd.DataFrame) -> pd.Series:
-    """Score of each sample under a constant rate at this retention ratio, between the two measured ones next to it."""
-    measured = rows.groupby("label").retention.mean().sort_values()
-    above = int(np.searchsorted(measured, retention - 1e-6))
+def _constant_at(cost: float, rows: pd.DataFrame, kind: str) -> pd.Series:
+    """Score of each sample under a constant rate of this cost, between the two measured ones next to it.
+
+    kind: the column of the cost, "retention" or "macs".
+    """
+    measured = rows.groupby("label")[kind].mean().sort_values()
+    above = int(np.searchsorted(measured, cost - 1e-6))
     scores = rows.pivot(index="sample", columns="label", values="score")
-    if above < len(measured) and np.isclose(measured.iloc[above], retention):
+    if above < len(measured) and np.isclose(measured.iloc[above], cost):
         return scores[measured.index[above]]
     if above in (0, len(measured)):
         return pd.Series(np.nan, index=scores.index)
     high = scores[measured.index[above]]
-    part = (retention - measured.iloc[above - 1]) / (measured.iloc[above] - measured.iloc[above - 1])
+    part = (cost - measured.iloc[above - 1]) / (measured.iloc[above] - measured.iloc[above - 1])
     return (1 - part) * scores[measured.index[above - 1]] + part * high
+
+
+def once(table: pd.DataFrame) -> pd.DataFrame:
+    """`summary` without lines that several groups share: each where it stands first."""
+    return table.drop_duplicates(["task", "value", "retention", "macs", "tokens"])
+
+
+def difference(rows: pd.DataFrame, one: str, other: str) -> dict | None:
+    """Paired difference in score between the lines of two labels, with its interval; None where one of them was not measured."""
+    scores = [rows[rows.label == label].drop_duplicates("sample").set_index("sample").score for label in (one, other)]
+    return None if any(s.empty for s in scores) else bootstrap((scores[0] - scores[1]).dropna())
 
 
 def finding(table: pd.DataFrame) -> str:
@@ -189,9 +208,32 @@ def finding(table: pd.DataFrame) -> str:
         f"{row.over:+.3f} ({row.over_low:+.3f} to {row.over_high:+.3f}) with *{row.label}*"
         for row in (lines.iloc[-1], lines.iloc[0])
     )
-    better, worse = (known.over_low > 0).sum(), (known.over_high < 0).sum()
+    distinct = once(known)
+    every = _counted(distinct, "over_all")
+    cost = distinct[distinct.at_cost.notna()]
     return (
         f"**Compared with a constant rate at equal retention, *{spread.index[0]}* matters most: "
-        f"{' against '.join(dict.fromkeys(ends))}; of {len(known)} lines {better} score higher than the constant and "
-        f"{worse} lower (95 % interval without 0).** The groups by their spread: {', '.join(spread.index)}."
+        f"{' against '.join(dict.fromkeys(ends))}. Of {len(distinct)} lines {every} at equal retention (intervals that hold for "
+        f"all at once), and of {len(cost)} {_counted(cost, 'at_cost')} at equal computation (95 % intervals).** "
+        f"The groups by their spread: {', '.join(spread.index)}."
     )
+
+
+def _counted(rows: pd.DataFrame, name: str) -> str:
+    better, worse = (rows[f"{name}_low"] > 0).sum(), (rows[f"{name}_high"] < 0).sum()
+    return f"{better} score higher than the constant and {worse} lower"
+
+
+def record(chapter: Chapter, rows: pd.DataFrame) -> None:
+    """The chapter's headline numbers and sentences, from the rows of its main task."""
+    chapter.text("ablations_finding", finding(summary(rows)))
+    pairs = {"fixed_minus_depth": ("FixedPrune", "DepthPrune"), "top_k_minus_greedy": ("top-k 6", "greedy")}
+    for key, (one, other) in pairs.items():
+        if measured := difference(rows, one, other):
+            chapter.number(key, measured)
+    fixed = difference(rows, *pairs["fixed_minus_depth"])
+    text = ""
+    if fixed:
+        interval = f"{fixed['value']:+.3f}, {fixed['low']:+.3f} to {fixed['high']:+.3f}"
+        text = f"Here, at equal retention, FixedPrune {verdict(fixed)} DepthPrune ({interval})."
+    chapter.text("ablations_fixed", text)
