@@ -22,6 +22,7 @@ import model_matrix
 import nbformat
 import pdf
 import phones
+import scorecard
 import yaml
 from how_made import how_made, not_run, title
 
@@ -112,6 +113,7 @@ def write_pages(executed: list[Path], repository: str | None) -> Path:
         shutil.copy(narrow, narrow.with_name("fig-hero.png"))  # the same figure
     (BOOK / "made.md").write_text(how_made(made) + not_run({page.stem for page in executed}))
     (BOOK / "_found.md").write_text(findings(made))
+    (BOOK / "_scorecard.md").write_text(scorecard.page(made, results))
     beside = "".join(f"\n{content['texts']['front_page']}\n" for _, _, content in made if "front_page" in content["texts"])
     (BOOK / "_finding.md").write_text(f":::{{div}} finding\n{finding_of(made[0][2])}\n:::\n{beside}")
     (BOOK / "_hero.md").write_text(hero(made))

@@ -1,6 +1,7 @@
 """What build.py writes beside the chapters: rows under figures, Colab notebooks, BibTeX, the glossary, the API, the PDF."""
 
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import cite
 import docstrings
 import links
 import pdf
+import scorecard
 
 RESULTS = ROOT / "data" / "results" / "pocket"
 
@@ -128,3 +130,26 @@ def test_where_printing_fails_it_says_so(tmp_path, capsys):
 def bookmarks(path: Path) -> set[str]:
     """The titles in a PDF's outline, of those that are plain ASCII."""
     return {title.decode() for title in re.findall(rb"/Title \(([^()]*)\)", path.read_bytes())}
+
+
+@pytest.mark.parametrize(("holds", "number", "verdict"), [
+    ("below", {"value": -2, "low": -3, "high": -1}, "reproduced"), ("below", {"value": 2, "low": 1, "high": 3}, "contradicted"),
+    ("above", {"value": 2, "low": 1, "high": 3}, "reproduced"), ("above", {"value": -2, "low": -3, "high": -1}, "contradicted"),
+    ("above", {"value": 2, "low": -1, "high": 5}, "no significant difference"), ("above", {"value": 2}, "reproduced"),
+    ("below", {"value": 15}, "contradicted"), ("below", None, "not measured in this profile"),
+])  # fmt: skip
+def test_a_claims_verdict_follows_from_its_interval(holds, number, verdict):
+    assert scorecard.verdict_of({"holds": holds}, number) == verdict
+    assert scorecard.verdict_of({"untestable": "why"}, None) == "not testable here"
+
+
+def test_every_claim_names_a_number_that_its_chapter_has_and_the_larger_sample_counts(tmp_path):
+    made = [(p.stem, p.stem, json.loads(p.read_text())) for p in sorted(RESULTS.glob("[0-9][0-9]_*.json"))]
+    table = scorecard.page(made, RESULTS)
+    assert "not measured" not in table
+    content = {"numbers": {"DyRate_against_a_constant": {"value": 1.0, "low": 0.5, "high": 1.5, "n": 10}}}
+    (tmp_path / "x-full").mkdir()
+    large = {"numbers": {"DyRate_against_a_constant": {"value": -1.0, "low": -1.5, "high": -0.5, "n": 20}}}
+    (tmp_path / "x-full" / "07_dynamics.json").write_text(json.dumps(large))
+    row = next(r for r in scorecard.page([("07_dynamics", "Dynamics", content)], tmp_path / "x").splitlines() if "constant rate. |" in r)
+    assert "[contradicted]" in row and "-1 (-1.5 to -0.5), n = 20. [Dynamics](analysis/07_dynamics.ipynb)" in row

@@ -1,0 +1,71 @@
+"""The front page's table of the paper's claims: each with the number that tests it, and a verdict computed from its interval."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+
+from study.profiles import ROOT
+
+CLAIMS = ROOT / "data" / "reported" / "scorecard.yaml"
+VERDICTS = ("reproduced", "contradicted", "no significant difference", "not testable here", "not measured in this profile")
+
+
+def page(made: list, results: Path) -> str:
+    """The table in MyST. made: (stem, heading, content) of each chapter; results: the profile's folder of results.
+
+    Where the profile has a run with larger samples beside it (`<profile>-full`), its number counts.
+    """
+    headings = {stem: heading for stem, heading, _ in made}
+    contents = {stem: content["numbers"] for stem, _, content in made}
+    rows = ["| in the paper | claim | verdict | measured here |", "|---|---|---|---|"]
+    counts = dict.fromkeys(VERDICTS, 0)
+    for claim in yaml.safe_load(CLAIMS.read_text()):
+        number = _number(claim, contents, results)
+        verdict = verdict_of(claim, number)
+        counts[verdict] += 1
+        style = verdict.split()[0]
+        rows.append(f"| {claim['where']} | {claim['claim']} | [{verdict}]{{.verdict-{style}}} | {_shown(claim, number, headings)} |")
+    said = ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n)
+    return f"Of {sum(counts.values())} claims: {said}. Intervals are 95 %; the model is the chapter's unless one is named.\n\n" + "\n".join(rows) + "\n"
+
+
+def _number(claim: dict, contents: dict, results: Path) -> dict | None:
+    """The number that tests a claim: of this run, or of the larger run beside it if that has more samples."""
+    if "untestable" in claim:
+        return None
+    larger = results.with_name(f"{results.name}-full") / f"{claim['chapter']}.json"
+    found = [contents.get(claim["chapter"], {})]
+    if larger.exists():
+        found.append(json.loads(larger.read_text())["numbers"])
+    numbers = [of[claim["number"]] for of in found if claim["number"] in of]
+    return max(numbers, key=lambda number: number.get("n", 0), default=None)
+
+
+def verdict_of(claim: dict, number: dict | None) -> str:
+    """One of VERDICTS. A number without an interval is as certain as the computation that it comes from."""
+    if "untestable" in claim:
+        return "not testable here"
+    if number is None:
+        return "not measured in this profile"
+    low, high = number.get("low", number["value"]), number.get("high", number["value"])
+    if claim["holds"] == "above":
+        low, high, than = -high, -low, -claim.get("than", 0)
+    else:
+        than = claim.get("than", 0)
+    return "reproduced" if high < than else "contradicted" if low >= than else "no significant difference"
+
+
+def _shown(claim: dict, number: dict | None, headings: dict) -> str:
+    if "untestable" in claim:
+        return claim["untestable"]
+    chapter = headings.get(claim["chapter"])
+    link = f"[{chapter}](analysis/{claim['chapter']}.ipynb)" if chapter else f"chapter {int(claim['chapter'][:2])}"
+    if number is None:
+        return link
+    unit = f" {claim['unit']}" if "unit" in claim else ""
+    interval = f" ({number['low']:.3g} to {number['high']:.3g})" if "low" in number else ""
+    n = f", n = {number['n']:.0f}" if "n" in number else ""
+    return f"{claim['measured']}: {number['value']:.3g}{unit}{interval}{n}. {link}"
