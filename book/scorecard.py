@@ -26,10 +26,11 @@ def page(made: list, results: Path) -> str:
         number = _number(claim, contents, results)
         verdict = verdict_of(claim, number)
         counts[verdict] += 1
-        style = verdict.split()[0]
-        rows.append(f"| {claim['where']} | {claim['claim']} | [{verdict}]{{.verdict-{style}}} | {_shown(claim, number, headings)} |")
+        styled = f"[{verdict}]{{.verdict-{verdict.split()[0]}}}"
+        rows.append(f"| {claim['where']} | {claim['claim']} | {styled} | {_shown(claim, number, headings)} |")
     said = ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n)
-    return f"Of {sum(counts.values())} claims: {said}. Intervals are 95 %; the model is the chapter's unless one is named.\n\n" + "\n".join(rows) + "\n"
+    start = f"Of {sum(counts.values())} claims: {said}. Intervals are 95 %; the model is the chapter's unless one is named.\n\n"
+    return start + "\n".join(rows) + "\n"
 
 
 def _number(claim: dict, contents: dict, results: Path) -> dict | None:

@@ -151,5 +151,6 @@ def test_every_claim_names_a_number_that_its_chapter_has_and_the_larger_sample_c
     (tmp_path / "x-full").mkdir()
     large = {"numbers": {"DyRate_against_a_constant": {"value": -1.0, "low": -1.5, "high": -0.5, "n": 20}}}
     (tmp_path / "x-full" / "07_dynamics.json").write_text(json.dumps(large))
-    row = next(r for r in scorecard.page([("07_dynamics", "Dynamics", content)], tmp_path / "x").splitlines() if "constant rate. |" in r)
+    small = scorecard.page([("07_dynamics", "Dynamics", content)], tmp_path / "x")
+    row = next(row for row in small.splitlines() if "constant rate. |" in row)
     assert "[contradicted]" in row and "-1 (-1.5 to -0.5), n = 20. [Dynamics](analysis/07_dynamics.ipynb)" in row
