@@ -1,4 +1,4 @@
-"""Importance, its agreement with rankings, and rankings made worse: laws on a tiny model and the pocket twins, worked examples."""
+"""Importance, how rankings agree with it, and rankings made worse: laws on a pocket twin, and worked examples."""
 
 from __future__ import annotations
 
