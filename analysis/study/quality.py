@@ -1,6 +1,6 @@
 """How well the pocket LLaVA sees and describes: the bars that it must reach before the study uses it.
 
-python -m study.quality            # 1,000 unseen scenes, both cores, minutes
+    python -m study.quality            # 1,000 unseen scenes, both cores, minutes
 """
 
 from __future__ import annotations

@@ -67,7 +67,9 @@ def measure(
 
 def constants(retentions: Sequence[float]) -> list[dict]:
     """Lines with the same rate at every step, which the others are compared with, each at its own retention ratio."""
-    return [{"group": CONSTANT, "label": f"{x:g}", "strategy": "Constant", "fields": {"rate": 1 - x}} for x in sorted(retentions)]
+    return [
+        {"group": CONSTANT, "label": f"{x:g}", "strategy": "Constant", "fields": {"rate": 1 - x}} for x in sorted(retentions)
+    ]
 
 
 def check(lines: Sequence[dict]) -> None:

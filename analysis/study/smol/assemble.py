@@ -1,6 +1,6 @@
 """Put smol together: the published language model, our adapter merged into it, our eyes and projector.
 
-python -m study.smol.assemble      # make smol: seconds, no training
+    python -m study.smol.assemble      # make smol: seconds, no training
 """
 
 from __future__ import annotations
