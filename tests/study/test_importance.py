@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import dyrate
 from by_hand import HEADS, kept, seen
 from dyrate.teacher_forcing import prepare
-from study import agreement
+from study import agreement, figures, importance, noise
+from study.answers import answer_all
 from study.attribution import every_token, integrated_gradients, left_out, losses, path, pruned_from
+from study.chapters import importance as chapter
 from study.examples import examples
 from study.groups import covered, sentences
 from study.importance import reworded
@@ -161,3 +167,76 @@ def test_what_cannot_be_made_worse_is_refused():
             Noisy(base=base)
     with pytest.raises(ValueError, match="lies in"):
         Noisy(share=1.5)
+
+
+# -- the rows and the chapter ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The rows of two descriptions, measured at two layers and a few points, their answers cut short."""
+    out = tmp_path_factory.mktemp("results") / "pocket-plain"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importance, "scanned_layers", lambda n_layers: [1, 2])
+        patch.setattr(importance, "integrated_gradients", partial(integrated_gradients, nodes=2))
+        patch.setattr(noise, "SHARES", {0.25: (0.0, 1.0)})
+        patch.setattr(noise, "answer_all", lambda *given, **settings: answer_all(*given, **settings | {"max_new_tokens": 6}))
+        importance.measure("pocket-plain", 2, out, store=out / "answers", batch_size=2)
+    return out.parent
+
+
+def test_the_program_writes_what_the_chapter_draws(folder):
+    (lab,) = measured = chapter.read(str(folder), ["pocket-plain"])
+    agreed = chapter.agreement(measured)
+    assert lab.layers == sorted({2, importance.late_layer("pocket-plain")})
+    assert set(chapter.rankings(agreed).ranking) >= {"FastV", "RandomPrune", *chapter.PUBLISHED, chapter.OTHER_WORDING}
+    assert set(chapter.noise(measured).order.dropna()) == {"0.0", "1.0", "reversed"}
+    checked = chapter.checks(measured).set_index("measure").value
+    assert checked.own > 1 > abs(checked.nothing)
+    assert agreed.set_index(["layer", "ranking", "part"]).value.between(-1, 1).all()
+    for drawn in (
+        figures.importance_maps(chapter.maps(lab), chapter.MAPS),
+        figures.agreement_by_layer(agreed, chapter.ATTENTION, chapter.OTHER_WORDING),
+        figures.agreement_of_rankings(chapter.rankings(agreed)),
+        figures.score_under_noise(chapter.noise(measured), 0.25, 2),
+        figures.score_by_agreement(chapter.by_agreement(measured, agreed), 2),
+    ):
+        drawn.canvas.draw()
+        assert all(axis.get_xlabel() or not axis.axison for axis in drawn.axes)
+
+
+def test_missing_rows_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"study\.importance"):
+        chapter.read(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"study\.reference"):
+        importance.late_layer("no-such-model")
+
+
+@pytest.fixture
+def by_hand(tmp_path):
+    """FastV scores what importance does at half of its noise; its attention agrees with importance by a half."""
+    orders = {"0.0": (0.9, 0.7), "0.5": (0.7, 0.6), "1.0": (0.5, 0.5), "reversed": (0.1, 0.2)}
+    rows = [
+        {"sample": str(i), "method": method, "budget": 0.25, "layer": 2, "order": order, "score": pair[which] + i / 100}
+        for i in range(5) for which, method in enumerate(("importance", "FastV")) for order, pair in orders.items()
+    ]  # fmt: skip
+    ranks = [{"sample": str(i), "layer": 2, "ranking": name, "part": "all", "rho": rho, "captured": 0.5, "rho_step": 0.1}
+             for i in range(5) for name, rho in (("prefill", 0.5), ("another wording", 0.8))]  # fmt: skip
+    (tmp_path / "x").mkdir()
+    pd.DataFrame(rows).to_csv(tmp_path / "x" / "importance_noise.csv.gz", index=False)
+    pd.DataFrame(ranks).to_csv(tmp_path / "x" / "importance_ranks.csv.gz", index=False)
+    (tmp_path / "x" / "importance.json").write_text(json.dumps({"n": 5, "layers": 8, "late": 2}))
+    return chapter.read(str(tmp_path), ["x"])
+
+
+def test_what_a_ranking_is_worth_on_rows_made_by_hand(by_hand):
+    worth = chapter.worth(by_hand).set_index("ranking")
+    assert worth.value.to_dict() == pytest.approx({"importance": 0.4, "FastV": 0.2})
+    assert worth.loc["FastV"].share == pytest.approx(0.2 / 0.72) and worth.loc["FastV"].reversed == pytest.approx(0.22)
+    agreed = chapter.agreement(by_hand)
+    (beyond,) = chapter.beyond_agreement(by_hand, agreed).to_dict("records")
+    assert beyond["rho"] == 0.5 and beyond["value"] == pytest.approx(0)  # half of the noise explains all of FastV's score
+    curve = chapter.by_agreement(by_hand, agreed).set_index(["ranking", "order"]).rho
+    assert curve["FastV"].to_dict() == {"0.0": 0.5, "0.5": 0.25, "1.0": 0, "reversed": -0.5}
+    assert curve["importance"]["reversed"] == -1
+    assert "In part" in chapter.finding(by_hand, agreed, chapter.worth(by_hand))

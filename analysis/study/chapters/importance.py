@@ -260,7 +260,7 @@ def _verdict(measured: Sequence[Measured], agreed: pd.DataFrame) -> str:
         if any(row.low <= 0 for row in rows):
             return "Not everywhere"
         less += [row.high < hoped.low for row in rows]
-    return "In part" if any(less) else "Yes"
+    return "In part" if any(less) else "As far as importance agrees with itself"
 
 
 def layers_said(measured: Sequence[Measured], agreed: pd.DataFrame) -> str:
