@@ -21,7 +21,10 @@ from study.importance import EARLY, RANKINGS
 from study.intervals import bootstrap
 
 LABORATORIES = ("pocket-dropped", "pocket-plain", "smol")
-ATTENTION = {"prefill": "attention as the prompt ends", "each step": "attention of the steps"}
+ATTENTION = {
+    "prefill": "attention as the prompt ends", "each step": "attention summed over the steps",
+    "one step": "attention of one step, with what it reads",
+}  # fmt: skip
 ORDERS = {"0.0": "as it is", "0.25": "with a quarter of the tokens exchanged", "1.0": "with all", "reversed": "reversed"}
 MAPS = {
     "importance": "importance", "FastV": "attention,\nprompt's end", "each step": "attention,\nwhole answer",
@@ -108,13 +111,14 @@ def agreement(measured: Sequence[Measured]) -> pd.DataFrame:
 
     depth: the layer as a share of the model's. captured: mean share of the importance in the quarter ranked first.
     """
-    rows = []
+    rows, keys = [], ["layer", "ranking", "part"]
     for lab in measured:
-        keys = ["layer", "ranking", "part"]
         for key, of in lab.rows("ranks").groupby(keys, sort=False):
             row = {"laboratory": lab.name, **dict(zip(keys, key, strict=True))}
             row |= {"depth": row["layer"] / lab.about["layers"], "captured": of.captured.mean()}
-            rows.append(row | bootstrap(of.rho) | {"step": of.rho_step.mean()})
+            rows.append(row | bootstrap(of.rho))
+            if row["ranking"] == "each step":
+                rows.append(row | {"ranking": "one step", "captured": np.nan} | bootstrap(of.rho_step))
     return pd.DataFrame(rows)
 
 
@@ -127,17 +131,13 @@ def thirds_shown(table: pd.DataFrame, measured: Sequence[Measured]) -> pd.DataFr
                 of = _of(table, lab.name, layer=layer, ranking=ranking).set_index("part")
                 row = {"laboratory": lab.name, "first pruned layer": layer, "ranking": name}
                 rows.append(row | {part: interval(of.loc[part]) for part in PARTS[1:]})
-                if ranking == "each step":
-                    alone = {part: f"{of.loc[part].step:.2f}" for part in PARTS[1:]}
-                    rows.append(row | {"ranking": "attention of one step, and what that step reads"} | alone)
     return pd.DataFrame(rows)
 
 
 def rankings(table: pd.DataFrame) -> pd.DataFrame:
     """Of `agreement` all rankings against importance from layer EARLY on, for the whole answer, FastV's by its name."""
-    rows = table[(table.layer == EARLY) & (table.part == "all")]
-    names = {"prefill": "FastV", "each step": "attention of all steps"}
-    return rows.assign(ranking=rows.ranking.replace(names))[rows.ranking != "sum of effects"]
+    rows = table[(table.layer == EARLY) & (table.part == "all") & ~table.ranking.isin(("one step", "sum of effects"))]
+    return rows.assign(ranking=rows.ranking.replace({"prefill": "FastV", "each step": "attention, all steps"}))
 
 
 def maps(lab: Measured) -> pd.DataFrame:
@@ -264,25 +264,26 @@ def _verdict(measured: Sequence[Measured], agreed: pd.DataFrame) -> str:
 
 
 def layers_said(measured: Sequence[Measured], agreed: pd.DataFrame) -> str:
-    """Before which layer attention agrees best with importance."""
+    """Before which layer the attention that FastV ranks by agrees best with importance, and where least."""
     parts = []
     for lab in measured:
-        rows = _of(agreed, lab.name, part="all").set_index("layer")
-        best = {ranking: rows[rows.ranking == ranking].value.idxmax() for ranking in ATTENTION}
-        said = [
-            f"{name} {rows[rows.ranking == k].loc[best[k]].value:.2f} before layer {best[k]}" for k, name in ATTENTION.items()
-        ]
-        parts.append(f"on {lab.name} of {lab.about['layers']} layers {' and '.join(said)}")
-    return f"Attention agrees best with importance {'; '.join(parts)}."
+        rows = _of(agreed, lab.name, part="all", ranking="prefill").set_index("layer").value
+        best, least = rows.idxmax(), rows.idxmin()
+        parts.append(
+            f"on {lab.name} best before layer {best} ({rows[best]:.2f}) and least before layer {least} ({rows[least]:.2f})"
+        )
+    return f"As the prompt ends, attention agrees with importance {'; '.join(parts)}."
 
 
 def steps_said(measured: Sequence[Measured], agreed: pd.DataFrame) -> str:
     """How well the attention of one step agrees with what that step reads."""
-    rows = [(lab, _of(agreed, lab.name, layer=lab.about["late"], ranking="each step", part="all").iloc[0]) for lab in measured]
-    said = [
-        f"{row.step:.2f} on {lab.name} (layer {row.layer}), against {row.value:.2f} for all steps together" for lab, row in rows
-    ]
-    return f"{'; '.join(said)}."
+    parts = []
+    for lab in measured:
+        rows = _of(agreed, lab.name, layer=lab.about["late"], part="all").set_index("ranking").value
+        parts.append(
+            f"{rows['one step']:.2f} on {lab.name} before layer {lab.about['late']}, all steps summed {rows['each step']:.2f}"
+        )
+    return f"{'; '.join(parts)}."
 
 
 def rankings_said(measured: Sequence[Measured], agreed: pd.DataFrame) -> str:

@@ -11,7 +11,7 @@ from study.pocket.scenes import GRID, SIDE, compose, render
 
 RANKING_COLOURS = {"FastV": "#0072B2", "[CLS] attention": "#CC79A7", "importance": "#009E73"}
 REVERSED = 1.25  # where on the axis of exchanged tokens the reversed ranking stands
-ATTENTION_LINES = {"prefill": ("#0072B2", "o", "-"), "each step": ("#D55E00", "s", "--")}
+ATTENTION_LINES = {"prefill": ("#0072B2", "o", "-"), "each step": ("#D55E00", "s", "--"), "one step": ("#E69F00", "^", ":")}
 
 
 def importance_maps(table: pd.DataFrame, columns: dict[str, str]) -> Figure:
@@ -47,7 +47,7 @@ def importance_maps(table: pd.DataFrame, columns: dict[str, str]) -> Figure:
 def agreement_by_layer(table: pd.DataFrame, names: dict[str, str], hoped_for: str) -> Figure:
     """Rank correlation of attention with importance against the first pruned layer, a panel a laboratory.
 
-    table: rows of `study.chapters.importance.agreement`. names: of the two kinds of attention; hoped_for: the ranking whose
+    table: rows of `study.chapters.importance.agreement`. names: of the kinds of attention; hoped_for: the ranking whose
     agreement is a dotted line.
     """
     table = table[table.part == "all"]
