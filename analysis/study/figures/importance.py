@@ -56,7 +56,9 @@ def agreement_by_layer(table: pd.DataFrame, names: dict[str, str], hoped_for: st
     for axis, laboratory in zip(np.atleast_1d(axes), laboratories, strict=True):
         rows = table[table.laboratory == laboratory]
         axis.axhline(0, color="black", linewidth=0.9)
-        axis.axhline(rows[rows.ranking == hoped_for].value.item(), color="#777777", linestyle=":", label=f"importance, {hoped_for}")
+        axis.axhline(
+            rows[rows.ranking == hoped_for].value.item(), color="#777777", linestyle=":", label=f"importance, {hoped_for}"
+        )
         for ranking, (colour, mark, dashes) in ATTENTION_LINES.items():
             line = rows[rows.ranking == ranking].sort_values("layer")
             error = np.stack([line.value - line.low, line.high - line.value])
