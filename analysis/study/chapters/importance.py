@@ -220,7 +220,7 @@ def worth_shown(table: pd.DataFrame) -> pd.DataFrame:
         "laboratory": table.laboratory, "ranking": [f"{r.ranking}, layer {r.layer}" for r in table.itertuples()],
         "retention ratio": table.retention, "score": table.score, "all exchanged": table.random, "reversed": table.reversed,
         "worth": [interval(row) for _, row in table.iterrows()],
-        "share of the score": [f"{100 * share:.0f} %" if share == share else "" for share in table.share],
+        "share of the score": [f"{100 * share:.0f} %" if share > 0 else "" for share in table.share],
     })  # fmt: skip
 
 
