@@ -87,7 +87,6 @@ class Known(FastV, registered=False):
     """FastV with scores that are known beforehand."""
 
     scores: Scores = field(default_factory=dict)
-    control = True
 
     def score(self, seen):
         names = [e.name for e in seen.example_of_each_row()]

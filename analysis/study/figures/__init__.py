@@ -17,6 +17,13 @@ from study.figures.dynamics import forest, mean_schedules
 from study.figures.efficiency import decode_reads, saving_realised, share_by_text
 from study.figures.errata import macs_by_retention, mixed_protocols, swapped_columns
 from study.figures.fine_grained import compared_with_constants, detail_curves
+from study.figures.importance import (
+    agreement_by_layer,
+    agreement_of_rankings,
+    importance_maps,
+    score_by_agreement,
+    score_under_noise,
+)
 from study.figures.laboratories import methods_against_random, ranking_by_layer, task_needs
 from study.figures.masks import kept_patches
 from study.figures.predictor import (
