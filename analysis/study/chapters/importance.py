@@ -47,6 +47,11 @@ class Measured:
         return pd.read_csv(self.folder / f"importance_{part}.csv.gz", dtype={"order": str})
 
     @property
+    def noisy(self) -> bool:
+        """Whether answers under worse rankings were generated; the attribution alone takes a tenth of the time."""
+        return (self.folder / "importance_noise.csv.gz").exists()
+
+    @property
     def layers(self) -> list[int]:
         """The layers from which FastV prunes: its own, and the one where it is worth most."""
         return sorted({EARLY, self.about["late"]})
@@ -151,7 +156,7 @@ def maps(lab: Measured) -> pd.DataFrame:
 def noise(measured: Sequence[Measured]) -> pd.DataFrame:
     """Mean score by laboratory, ranking, layer, retention ratio and order (share of exchanged tokens, or "reversed")."""
     rows = []
-    for lab in measured:
+    for lab in _noisy(measured):
         keys = ["method", "layer", "budget", "order"]
         for key, of in lab.rows("noise").groupby(keys, sort=False, dropna=False):
             rows.append({"laboratory": lab.name, **dict(zip(keys, key, strict=True)), **bootstrap(of.score)})
@@ -161,7 +166,7 @@ def noise(measured: Sequence[Measured]) -> pd.DataFrame:
 def worth(measured: Sequence[Measured]) -> pd.DataFrame:
     """What each ranking is worth: its score minus that with all tokens exchanged, paired, and as a share of its score."""
     rows = []
-    for lab in measured:
+    for lab in _noisy(measured):
         for (method, layer, budget), scores in _bases(lab):
             pair = scores[["0.0", "1.0"]].to_numpy()
             row = {
@@ -174,6 +179,10 @@ def worth(measured: Sequence[Measured]) -> pd.DataFrame:
             row |= {"random": pair[:, 1].mean(), "reversed": scores["reversed"].mean(), **bootstrap(pair[:, 0] - pair[:, 1])}
             rows.append(row | {"share": row["value"] / row["score"] if row["score"] else np.nan})
     return pd.DataFrame(rows)
+
+
+def _noisy(measured: Sequence[Measured]) -> list[Measured]:
+    return [lab for lab in measured if lab.noisy]
 
 
 def _bases(lab: Measured) -> Iterator[tuple[tuple, pd.DataFrame]]:
@@ -198,7 +207,7 @@ def by_agreement(measured: Sequence[Measured], agreed: pd.DataFrame) -> pd.DataF
 def beyond_agreement(measured: Sequence[Measured], agreed: pd.DataFrame) -> pd.DataFrame:
     """FastV's score minus that of importance made as bad as FastV's ranking is, paired: what the rank correlation leaves open."""
     rows = []
-    for lab in measured:
+    for lab in _noisy(measured):
         scores = {key: of for key, of in _bases(lab) if key[2] == RETENTION}
         for layer in lab.layers:
             row = _fastv(agreed, lab.name, layer)
@@ -238,9 +247,11 @@ def finding(measured: Sequence[Measured], agreed: pd.DataFrame, worths: pd.DataF
     for lab in measured:
         said = []
         for layer in lab.layers:
-            score = _of(worths, lab.name, ranking="FastV", layer=layer, retention=RETENTION).iloc[0]
-            agrees = interval(_fastv(agreed, lab.name, layer))
-            said.append(f"from layer {layer} {agrees}, and {interval(score, '+.2f')} of a score of {score.score:.2f}")
+            text = f"from layer {layer} {interval(_fastv(agreed, lab.name, layer))}"
+            if lab.noisy:
+                score = _of(worths, lab.name, ranking="FastV", layer=layer, retention=RETENTION).iloc[0]
+                text += f", and {interval(score, '+.2f')} of a score of {score.score:.2f}"
+            said.append(text)
         hoped = _of(agreed, lab.name, ranking=OTHER_WORDING, part="all").iloc[0]
         parts.append(f"on {lab.name} {'; '.join(said)} (two wordings of one description agree to {hoped.value:.2f})")
     return (
@@ -301,7 +312,7 @@ def rankings_said(measured: Sequence[Measured], agreed: pd.DataFrame) -> str:
 def noise_said(measured: Sequence[Measured]) -> str:
     """How FastV's score falls with a quarter of the tokens exchanged, with all, and reversed."""
     table, parts = noise(measured), []
-    for lab in measured:
+    for lab in _noisy(measured):
         for layer in lab.layers:
             rows = _of(table, lab.name, method="FastV", layer=layer, budget=RETENTION).set_index("order").value
             four = ", ".join(f"{rows[order]:.2f} {name}" for order, name in ORDERS.items())
@@ -336,8 +347,9 @@ def record(chapter: Chapter, measured: Sequence[Measured]) -> None:
         key = lab.name.replace("-", "_")
         for layer in lab.layers:
             chapter.number(f"importance_{key}_fastv_{layer}", _fastv(agreed, lab.name, layer))
-            of = _of(worths, lab.name, ranking="FastV", layer=layer, retention=RETENTION).iloc[0]
-            chapter.number(f"importance_{key}_worth_{layer}", of)
+            if lab.noisy:
+                of = _of(worths, lab.name, ranking="FastV", layer=layer, retention=RETENTION).iloc[0]
+                chapter.number(f"importance_{key}_worth_{layer}", of)
     chapter.text("importance_finding", finding(measured, agreed, worths))
     chapter.text("importance_layers", layers_said(measured, agreed))
     chapter.text("importance_steps", steps_said(measured, agreed))
