@@ -27,7 +27,7 @@ from dyrate.training.recipes import RECIPES
 from dyrate.training.settings import Settings
 from dyrate.training.trainer import Trainer
 
-__all__ = ["Settings", "Trained", "Trainer", "batches_to_learn", "calibrate", "train", "trajectories", "untrained"]
+__all__ = ["RECIPES", "Settings", "Trained", "Trainer", "batches_to_learn", "calibrate", "train", "trajectories", "untrained"]
 
 
 @dataclass
@@ -76,13 +76,12 @@ def untrained(model, settings: Settings, examples: Examples) -> RatePredictor:
         text.num_attention_heads, text.num_hidden_layers, model.config.model_type, n_rates=settings.n_rates,
         first_pruned_layer=settings.first_pruned_layer, residency=settings.residency, with_step=settings.with_step,
         observed_layers=settings.observed_layers, features=settings.features, width=text.hidden_size, delay=settings.delay,
+        ordered=settings.ordered,
         about={"settings": settings.decisive(), "examples": examples.source},
     ).to(model.device)  # fmt: skip
 
 
-def batches_to_learn(
-    model, processor, predictor: RatePredictor, examples: Examples, settings: Settings
-) -> list[Prepared]:
+def batches_to_learn(model, processor, predictor: RatePredictor, examples: Examples, settings: Settings) -> list[Prepared]:
     """This process's part of the examples, prepared in batches that mix tasks.
 
     They depend on `seed`, `batch`, `distill` and the layers of the settings alone: trainings that agree there may share them.
