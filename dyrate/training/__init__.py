@@ -23,11 +23,11 @@ from dyrate.distributed import this_process
 from dyrate.predictor import RatePredictor
 from dyrate.teacher_forcing import Prepared, prepare_examples, unpruned_logits
 from dyrate.training.calibration import calibrate, trajectories
-from dyrate.training.recipes import RECIPES
+from dyrate.training.recipes import TRAINERS
 from dyrate.training.settings import Settings
 from dyrate.training.trainer import Trainer
 
-__all__ = ["RECIPES", "Settings", "Trained", "Trainer", "batches_to_learn", "calibrate", "train", "trajectories", "untrained"]
+__all__ = ["TRAINERS", "Settings", "Trained", "Trainer", "batches_to_learn", "calibrate", "train", "trajectories", "untrained"]
 
 
 @dataclass
@@ -58,7 +58,7 @@ def train(
     settings = settings or Settings(**fields)
     predictor = untrained(model, settings, examples)
     batches = batches_to_learn(model, processor, predictor, examples, settings)
-    history = RECIPES[settings.recipe](model, predictor, batches, settings, work=work, progress=progress).run()
+    history = TRAINERS[settings.recipe](model, predictor, batches, settings, work=work, progress=progress).run()
     calibration = {}
     if validation is not None:
         batches = prepare_examples(model, processor, predictor, validation, settings.batch)

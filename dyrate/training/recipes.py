@@ -175,4 +175,4 @@ class Curves(Forward):
         return found
 
 
-RECIPES: dict[str, type[Trainer]] = {"paper": Trainer, "anneal": Anneal, "rloo": Rloo, "imitate": Imitate, "curves": Curves}
+TRAINERS: dict[str, type[Trainer]] = {"paper": Trainer, "anneal": Anneal, "rloo": Rloo, "imitate": Imitate, "curves": Curves}

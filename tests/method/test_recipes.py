@@ -11,9 +11,10 @@ from dyrate.features import FEATURES
 from dyrate.predictor import RatePredictor
 from dyrate.strategies.dyrate import DyRate
 from dyrate.teacher_forcing import masks_over_steps, prepare_tokens
-from dyrate.training import RECIPES, Settings, checkpoint
+from dyrate.training import TRAINERS, Settings, checkpoint
 from dyrate.training.library import best_within, constants, interpolated, trajectories
 from dyrate.training.recipes import Anneal, sample, score_function
+from dyrate.training.settings import RECIPES
 from laws import long_images
 
 ANSWERS = [[5, 9, 11, 30, 7, 2], [8, 40, 2]]
@@ -27,7 +28,7 @@ def recipe(name, predictor=None, **fields):
     batch = prepare_tokens(model, predictor, inputs, ANSWERS)
     if settings.imitates:
         batch.teacher = torch.zeros(2, 6, model.config.get_text_config().vocab_size)
-    return RECIPES[name](model, predictor, [batch], settings, progress=False)
+    return TRAINERS[name](model, predictor, [batch], settings, progress=False)
 
 
 def test_the_score_function_has_the_gradient_of_the_expected_penalty():
@@ -110,7 +111,7 @@ def test_annealing_begins_with_everything_and_ends_at_the_budget():
     assert trainer.target == pytest.approx(0.4)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", TRAINERS)
 def test_every_recipe_resumes_from_its_checkpoint_to_the_same_bits(name, tmp_path):
     whole = recipe(name)
     whole.run()
@@ -155,6 +156,7 @@ def test_settings_without_later_fields_are_what_they_were():
     assert {f.name for f in fields(Settings)} - set(Settings().decisive()) == later
     changed = replace(Settings(), recipe="rloo")
     assert changed.decisive() == Settings().decisive() | {"recipe": "rloo"} and set(asdict(changed)) > later
+    assert set(RECIPES) == set(TRAINERS)
     for wrong in ({"recipe": "grpo"}, {"features": "colour"}, {"samples": 1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Settings(**wrong)
