@@ -119,7 +119,7 @@ class RatePredictor(nn.Module, PyTorchModelHubMixin, license="mit", library_name
     heads, n_layers, family: of the model that it was trained for. features: what v is, one of `features.FEATURES`; "hidden"
     needs the model's width. with_step: the step number is one more feature. ordered: the linear layer gives the likeliest rate,
     in units of BELL, and logits fall off around it in a bell: Eq. 2 with weights tied along the grid. delay: steps at which
-    everything is kept first.
+    everything is kept first. once: the rate of the prefill holds for the whole answer.
     Features are standardised with the training data's mean and deviation. rate_bias: is added to every logit times its rate;
     calibration moves it until a budget is met. about: how it was trained. Saved as safetensors, JSON and a model card
     (`save_pretrained`, `push_to_hub`).
@@ -129,6 +129,7 @@ class RatePredictor(nn.Module, PyTorchModelHubMixin, license="mit", library_name
         self, heads: int, n_layers: int, family: str, *, n_rates: int = 32, first_pruned_layer: int = 2,
         observed_layers: list[int] | None = None, with_step: bool = False, residency: str = "evict", about: dict | None = None,
         features: str = "shares", width: int = 0, delay: int = 0, ordered: bool = False,
+        once: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.heads, self.n_layers, self.family = heads, n_layers, family
@@ -137,7 +138,7 @@ class RatePredictor(nn.Module, PyTorchModelHubMixin, license="mit", library_name
         self.observed_layers = observed_layers or [first_pruned_layer - 1]
         self.about = about or {}
         n = n_features(features, heads, len(self.observed_layers), width) + self.with_step
-        self.ordered = ordered
+        self.ordered, self.once = ordered, once
         self.linear = nn.Linear(n, 1 if ordered else n_rates)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)

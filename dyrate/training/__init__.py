@@ -76,7 +76,7 @@ def untrained(model, settings: Settings, examples: Examples) -> RatePredictor:
         text.num_attention_heads, text.num_hidden_layers, model.config.model_type, n_rates=settings.n_rates,
         first_pruned_layer=settings.first_pruned_layer, residency=settings.residency, with_step=settings.with_step,
         observed_layers=settings.observed_layers, features=settings.features, width=text.hidden_size, delay=settings.delay,
-        ordered=settings.ordered,
+        ordered=settings.ordered, once=settings.once,
         about={"settings": settings.decisive(), "examples": examples.source},
     ).to(model.device)  # fmt: skip
 

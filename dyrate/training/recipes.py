@@ -61,7 +61,7 @@ class Rloo(Forward):
     def draw(self, prepared: Prepared, generator: torch.Generator) -> Draw:
         logits = self.predictor(prepared.features)
         log_pi = logits.log_softmax(-1)
-        chosen, fresh = sample(log_pi.detach(), self.settings.samples, generator)
+        chosen, fresh = sample(log_pi.detach(), self.settings.samples, generator, 1 if self.settings.once else HOLD)
         masks = torch.stack([self.masks(prepared, indices) for indices in chosen])
         kept = masks.sum(-1)
         cost = torch.stack([self.cost(prepared, of_sample) for of_sample in kept])
@@ -76,15 +76,15 @@ class Rloo(Forward):
 
 
 def sample(
-    log_pi: Float[Tensor, "batch step rate"], n: int, generator: torch.Generator
+    log_pi: Float[Tensor, "batch step rate"], n: int, generator: torch.Generator, hold: float = HOLD
 ) -> tuple[Int[Tensor, "n batch step"], Bool[Tensor, "n batch step"]]:
-    """n trajectories of rates, and at which steps a rate was drawn: at the first, later with probability 1 - HOLD.
+    """n trajectories of rates, and at which steps a rate was drawn: at the first, later with probability 1 - hold.
 
     In between the rate stays. Were it drawn at every step, the lowest retention of many draws would evict at once, and later
     choices would do nothing.
     """
     batch, steps, n_rates = log_pi.shape
-    fresh = torch.rand((n, batch, steps), generator=generator) >= HOLD
+    fresh = torch.rand((n, batch, steps), generator=generator) >= hold
     fresh[..., 0] = True
     latest = torch.where(fresh, torch.arange(steps), 0).cummax(-1).values.to(log_pi.device)
     drawn = (log_pi + gumbel_noise((n, batch, steps, n_rates), generator).to(log_pi.device)).argmax(-1)

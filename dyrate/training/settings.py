@@ -65,6 +65,7 @@ class Settings:
         "rates as an ordered scale: one linear function of the features is the likeliest rate, not one for each",
         later=True,
     )
+    once: bool = _setting(False, "decide in the prefill alone: the rate holds for the whole answer", later=True)
     samples: int = _setting(6, "trajectories that rloo and imitate draw of each answer", later=True)
     delay: int = _setting(
         0, "first tokens of an answer that see the whole image; budgets that short answers cannot meet so are not met", later=True
@@ -87,6 +88,8 @@ class Settings:
         for name, known in {"recipe": RECIPES, "features": FEATURES}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if self.once and (self.delay or self.residency == "mask"):
+            raise ValueError('once decides in the prefill what leaves: it goes with no delay, and with residency "evict" alone')
         if self.samples < 2:
             raise ValueError(f"samples is at least 2, for each is held against the others, not {self.samples}")
 

@@ -152,12 +152,12 @@ def test_an_ordered_predictor_is_linear_in_its_rate_and_its_bias_shifts_it():
 
 def test_settings_without_later_fields_are_what_they_were():
     """Stored predictors are found by a hash of their settings."""
-    later = {"recipe", "features", "ordered", "samples", "delay"}
+    later = {"recipe", "features", "ordered", "samples", "delay", "once"}
     assert {f.name for f in fields(Settings)} - set(Settings().decisive()) == later
     changed = replace(Settings(), recipe="rloo")
     assert changed.decisive() == Settings().decisive() | {"recipe": "rloo"} and set(asdict(changed)) > later
     assert set(RECIPES) == set(TRAINERS)
-    for wrong in ({"recipe": "grpo"}, {"features": "colour"}, {"samples": 1}):
+    for wrong in ({"recipe": "grpo"}, {"features": "colour"}, {"samples": 1}, {"once": True, "delay": 1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Settings(**wrong)
 
@@ -180,3 +180,17 @@ def test_what_is_read_in_training_is_read_in_generation(kind):
     counts = masks_over_steps(choice, prepared, "mask").sum(-1).long()
     assert [list(step.stages[0].counts) for step in trace.steps] == counts.T.tolist()
     assert len(counts.unique()) > 1
+
+
+def test_a_rate_decided_once_holds_in_training_and_in_generation():
+    model, inputs = long_images(4)
+    predictor = RatePredictor(4, 5, "llava", n_rates=8, once=True)
+    predictor.start_at(0.6, prepare_tokens(model, predictor, inputs, ANSWERS).features[:, 0])
+    torch.nn.init.normal_(predictor.linear.weight, std=3, generator=torch.Generator().manual_seed(1))
+    prepared = prepare_tokens(model, predictor, inputs, ANSWERS)
+    indices = predictor(prepared.features).argmax(-1)
+    assert (indices == indices[:, :1]).all() and indices[0, 0] != indices[1, 0]
+    counts = prepared.counts(8).gather(1, indices)
+    with DyRate.of(predictor)(model) as trace:
+        model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert [list(step.stages[0].counts) for step in trace.steps] == counts.T.tolist()
