@@ -8,6 +8,8 @@ steps, and the predictor starts at the budget, for otherwise the lowest of many 
 the noise fades early, so that most of training sees the likeliest rate that is deployed; batches mix tasks, for a batch of one
 task would hold that task to the budget; the relaxation is hot, for a cold one saturates and passes no gradient; the multiplier of
 the budget adapts; and a last calibration measures real generation.
+
+That is the paper's recipe, `Trainer`. Beside it stand others (`recipes`): a class each, for what a step draws and descends on.
 """
 
 from __future__ import annotations
