@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dyrate.segments import SEGMENTS, Segments, segment_shares
 
-PER_HEAD = {"shares": len(SEGMENTS), "tokens": len(SEGMENTS), "entropy": 1, "step": 0}
+PER_HEAD = {"shares": len(SEGMENTS), "log_shares": len(SEGMENTS), "tokens": len(SEGMENTS), "entropy": 1, "step": 0}
+LEAST_SHARE = 1e-4  # of which a logarithm is taken: there is no response yet at step 0
 FEATURES = (*PER_HEAD, "hidden")
 
 
@@ -20,8 +21,9 @@ def n_features(kind: str, heads: int, layers: int, width: int) -> int:
 
 
 def looks(
-    kind: str, rows: Sequence[Float[Tensor, "batch head key"]], segments: Segments, step: int, newest: Float[Tensor, "batch width"]
-) -> list[Float[Tensor, "batch group feature"]]:
+    kind: str, rows: Sequence[Float[Tensor, "batch head key"]], segments: Segments, step: int,
+    newest: Float[Tensor, "batch width"],
+) -> list[Float[Tensor, "batch group feature"]]:  # fmt: skip
     """What is read at one step, one tensor an observed layer; their values side by side are the features.
 
     rows: the newest token's attention in each observed layer, the whole prompt in sight. newest: its hidden state as it enters
@@ -32,7 +34,9 @@ def looks(
     return [_of_row(kind, row, segments, step) for row in rows]
 
 
-def _of_row(kind: str, row: Float[Tensor, "batch head key"], segments: Segments, step: int) -> Float[Tensor, "batch head feature"]:
+def _of_row(
+    kind: str, row: Float[Tensor, "batch head key"], segments: Segments, step: int
+) -> Float[Tensor, "batch head feature"]:
     if kind == "step":
         return row[..., :0]
     if kind == "entropy":
@@ -40,6 +44,8 @@ def _of_row(kind: str, row: Float[Tensor, "batch head key"], segments: Segments,
     shares = segment_shares(row, segments)
     if kind == "shares":
         return shares
+    if kind == "log_shares":
+        return shares.clamp(min=LEAST_SHARE).log()
     tokens = segments.counts()
     tokens[:, -1] = step
     return shares / tokens.clamp(min=1)[:, None]

@@ -84,6 +84,7 @@ def query_bias(
     return bias.masked_fill(itself, 0).masked_fill(hidden, torch.finfo(bias.dtype).min)[:, None]
 
 
+BELL = 0.15  # width of the logits around a rate
 CARD_SETTINGS = ("unit", "budget", "budget_penalty", "steps", "seed")
 CARD = """---
 {data}
@@ -116,7 +117,9 @@ class RatePredictor(nn.Module, PyTorchModelHubMixin, license="mit", library_name
     """Eq. 2: pi = softmax(C(v)), C linear, v the per-head shares of the four segments in the observed layers.
 
     heads, n_layers, family: of the model that it was trained for. features: what v is, one of `features.FEATURES`; "hidden"
-    needs the model's width. with_step: the step number is one more feature. delay: steps at which everything is kept first.
+    needs the model's width. with_step: the step number is one more feature. ordered: the linear layer gives the likeliest rate,
+    in units of BELL, and logits fall off around it in a bell: Eq. 2 with weights tied along the grid. delay: steps at which
+    everything is kept first. once: the rate of the prefill holds for the whole answer.
     Features are standardised with the training data's mean and deviation. rate_bias: is added to every logit times its rate;
     calibration moves it until a budget is met. about: how it was trained. Saved as safetensors, JSON and a model card
     (`save_pretrained`, `push_to_hub`).
@@ -125,7 +128,8 @@ class RatePredictor(nn.Module, PyTorchModelHubMixin, license="mit", library_name
     def __init__(
         self, heads: int, n_layers: int, family: str, *, n_rates: int = 32, first_pruned_layer: int = 2,
         observed_layers: list[int] | None = None, with_step: bool = False, residency: str = "evict", about: dict | None = None,
-        features: str = "shares", width: int = 0, delay: int = 0,
+        features: str = "shares", width: int = 0, delay: int = 0, ordered: bool = False,
+        once: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.heads, self.n_layers, self.family = heads, n_layers, family
@@ -134,7 +138,8 @@ class RatePredictor(nn.Module, PyTorchModelHubMixin, license="mit", library_name
         self.observed_layers = observed_layers or [first_pruned_layer - 1]
         self.about = about or {}
         n = n_features(features, heads, len(self.observed_layers), width) + self.with_step
-        self.linear = nn.Linear(n, n_rates)
+        self.ordered, self.once = ordered, once
+        self.linear = nn.Linear(n, 1 if ordered else n_rates)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
         self.register_buffer("mean", torch.zeros(n))
@@ -154,7 +159,13 @@ class RatePredictor(nn.Module, PyTorchModelHubMixin, license="mit", library_name
 
     def forward(self, features: Float[Tensor, "*batch feature"]) -> Float[Tensor, "*batch rate"]:
         """Logits of the rates."""
-        return self.linear((features - self.mean) / self.deviation) + self.rate_bias * self.rates
+        scores = self.linear((features - self.mean) / self.deviation)
+        logits = self._bell(BELL * scores) if self.ordered else scores
+        return logits + self.rate_bias * self.rates
+
+    def _bell(self, rate: Float[Tensor, "*batch 1"] | float) -> Float[Tensor, "*batch rate"]:
+        """Logits that are highest at a rate and fall off around it."""
+        return -(((self.rates - rate) / BELL) ** 2)
 
     def start_at(self, retention: float, features: Float[Tensor, "n feature"]) -> None:
         """Standardise by these features, and prefer rates near 1 - retention at first.
@@ -164,7 +175,7 @@ class RatePredictor(nn.Module, PyTorchModelHubMixin, license="mit", library_name
         self.mean.copy_(features.mean(0))
         self.deviation.copy_(features.std(0).clamp(min=1e-4))
         with torch.no_grad():
-            self.linear.bias.copy_(-(((self.rates - (1 - retention)) / 0.15) ** 2))
+            self.linear.bias.copy_(torch.tensor([(1 - retention) / BELL]) if self.ordered else self._bell(1 - retention))
 
     def check_fits(self, model) -> None:
         """Raises ValueError that says what differs between a model and the one that this predictor was trained for."""

@@ -43,7 +43,8 @@ class Seen:
     those in use until now, fewer where dropped tokens are re-selectable.
     positions: of each image token in the prompt. segments: the kind of each prompt position. observed: the attention of
     each observed layer in this pass. columns: prompt position of each key of the layer before, None if all are there.
-    newest_hidden: the newest token's hidden state as it enters `layer`. examples: which example each row is, where the caller told.
+    newest_hidden: the newest token's hidden state as it enters `layer`. examples: which example each row is, where the caller
+    told.
     """
 
     step: int

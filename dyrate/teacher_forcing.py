@@ -100,11 +100,11 @@ def features_of(
     newest: Float[Tensor, "batch step width"],
 ) -> Float[Tensor, "batch step feature"]:  # fmt: skip
     """What the predictor reads at each step, from attention by layer and the hidden states of the newest tokens."""
-    of_steps = []
-    for step in range(newest.shape[1]):
+    of_steps, steps = [], newest.shape[1]
+    for step in range(1 if predictor.once else steps):
         observed = [rows[layer][:, :, step] for layer in predictor.observed_layers]
         of_steps.append(predictor.features(looks(predictor.reads, observed, segments, step, newest[:, step]), step))
-    return torch.stack(of_steps, 1)
+    return torch.stack(of_steps, 1).expand(-1, steps, -1)
 
 
 def masks_over_steps(

@@ -45,6 +45,10 @@ class DyRate(Strategy):
     def of(cls, predictor: RatePredictor) -> DyRate:
         return cls(predictor=predictor, first_pruned_layer=predictor.first_pruned_layer, residency=predictor.residency)
 
+    @property
+    def each_step(self) -> bool:
+        return not self.predictor.once
+
     def save_pretrained(self, folder: str | Path, **hub) -> None:
         self.predictor.save_pretrained(str(folder), **hub)
 

@@ -8,6 +8,8 @@ steps, and the predictor starts at the budget, for otherwise the lowest of many 
 the noise fades early, so that most of training sees the likeliest rate that is deployed; batches mix tasks, for a batch of one
 task would hold that task to the budget; the relaxation is hot, for a cold one saturates and passes no gradient; the multiplier of
 the budget adapts; and a last calibration measures real generation.
+
+That is the paper's recipe, `Trainer`. Beside it stand others (`recipes`): a class each, for what a step draws and descends on.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from dyrate.distributed import this_process
 from dyrate.predictor import RatePredictor
 from dyrate.teacher_forcing import Prepared, prepare_examples, unpruned_logits
 from dyrate.training.calibration import calibrate, trajectories
-from dyrate.training.recipes import RECIPES
+from dyrate.training.recipes import TRAINERS
 from dyrate.training.settings import Settings
 from dyrate.training.trainer import Trainer
 
-__all__ = ["Settings", "Trained", "Trainer", "batches_to_learn", "calibrate", "train", "trajectories", "untrained"]
+__all__ = ["TRAINERS", "Settings", "Trained", "Trainer", "batches_to_learn", "calibrate", "train", "trajectories", "untrained"]
 
 
 @dataclass
@@ -58,7 +60,7 @@ def train(
     settings = settings or Settings(**fields)
     predictor = untrained(model, settings, examples)
     batches = batches_to_learn(model, processor, predictor, examples, settings)
-    history = RECIPES[settings.recipe](model, predictor, batches, settings, work=work, progress=progress).run()
+    history = TRAINERS[settings.recipe](model, predictor, batches, settings, work=work, progress=progress).run()
     calibration = {}
     if validation is not None:
         batches = prepare_examples(model, processor, predictor, validation, settings.batch)
@@ -76,13 +78,12 @@ def untrained(model, settings: Settings, examples: Examples) -> RatePredictor:
         text.num_attention_heads, text.num_hidden_layers, model.config.model_type, n_rates=settings.n_rates,
         first_pruned_layer=settings.first_pruned_layer, residency=settings.residency, with_step=settings.with_step,
         observed_layers=settings.observed_layers, features=settings.features, width=text.hidden_size, delay=settings.delay,
+        ordered=settings.ordered, once=settings.once,
         about={"settings": settings.decisive(), "examples": examples.source},
     ).to(model.device)  # fmt: skip
 
 
-def batches_to_learn(
-    model, processor, predictor: RatePredictor, examples: Examples, settings: Settings
-) -> list[Prepared]:
+def batches_to_learn(model, processor, predictor: RatePredictor, examples: Examples, settings: Settings) -> list[Prepared]:
     """This process's part of the examples, prepared in batches that mix tasks.
 
     They depend on `seed`, `batch`, `distill` and the layers of the settings alone: trainings that agree there may share them.

@@ -15,6 +15,8 @@ from dyrate.atomic import write_whole
 if TYPE_CHECKING:
     from dyrate.training.trainer import Trainer
 
+PROGRESS = ("step", "multiplier", "history")
+
 
 def save(trainer: Trainer, path: Path) -> None:
     """Write the training's state, whole or not at all."""
@@ -22,7 +24,7 @@ def save(trainer: Trainer, path: Path) -> None:
     for name, parameter in trainer.predictor.named_parameters():
         tensors |= {f"adam.{name}:{moment}": value for moment, value in trainer.optimizer.state[parameter].items()}
     tensors = {name: value.detach().cpu() for name, value in tensors.items()}
-    about = {"settings": asdict(trainer.settings), "step": trainer.step, "multiplier": trainer.multiplier, "history": trainer.history}
+    about = {"settings": asdict(trainer.settings)} | {name: getattr(trainer, name) for name in PROGRESS}
     write_whole(path, lambda part: save_file(tensors, part, metadata={"about": json.dumps(about)}))
 
 
@@ -42,4 +44,5 @@ def load(trainer: Trainer, path: Path) -> None:
     for name, parameter in trainer.predictor.named_parameters():
         moments = {moment: tensors[f"adam.{name}:{moment}"] for moment in ("step", "exp_avg", "exp_avg_sq")}
         trainer.optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()}
-    trainer.step, trainer.multiplier, trainer.history = about["step"], about["multiplier"], about["history"]
+    for name in PROGRESS:
+        setattr(trainer, name, about[name])

@@ -11,11 +11,12 @@ import torch
 from dyrate.cost import UNITS
 from dyrate.data import Examples
 from dyrate.distributed import this_process
+from dyrate.features import FEATURES
 from dyrate.models import load
 from dyrate.training import train
-from dyrate.training.settings import Settings
+from dyrate.training.settings import RECIPES, Settings
 
-CHOICES = {"unit": UNITS, "residency": ("evict", "mask")}
+CHOICES = {"unit": UNITS, "residency": ("evict", "mask"), "recipe": RECIPES, "features": FEATURES}
 
 
 def add_arguments(parser: argparse.ArgumentParser, model: str | None = None) -> None:

@@ -8,7 +8,7 @@ from dyrate.cost import UNITS
 from dyrate.features import FEATURES
 from dyrate.strategy import current_name
 
-RECIPES = ("paper", "anneal", "rloo", "imitate")
+RECIPES = ("paper", "anneal", "rloo", "imitate", "curves")
 
 
 def _setting(default, *text: str, later: bool = False):
@@ -47,18 +47,25 @@ class Settings:
     seed: int = _setting(0, "seed of all random numbers")
     recipe: str = _setting(
         "paper",
-        "paper: Gumbel-softmax with a straight-through gradient; anneal: the same with the unpruned model as teacher, a budget that",
-        "falls from everything to its end; rloo: the score function, with a",
-        "leave-one-out baseline over --samples trajectories of each answer; imitate: the best of a library of trajectories for",
-        "each answer, then rloo",
+        "paper: Gumbel-softmax with a straight-through gradient; anneal: the same with the unpruned model as teacher and a",
+        "budget that falls from everything to its end; rloo: the score function, with a leave-one-out baseline over --samples",
+        "trajectories of each answer; imitate: the best of a library of trajectories for each answer, then rloo; curves:",
+        "the loss of each token measured at constant rates, interpolated",
         later=True,
     )
     features: str = _setting(
         "shares",
-        "what the predictor reads: shares of attention by segment and head (the paper's); tokens: the same by token of a segment;",
-        "entropy: of the attention over the image, by head; step: the step number alone; hidden: the newest token's hidden state",
+        "what the predictor reads: shares of attention by segment and head (the paper's); log_shares; tokens: by token of a",
+        "segment; entropy: of the attention over the image, by head; step: the step number alone; hidden: the newest token's",
+        "hidden state",
         later=True,
     )
+    ordered: bool = _setting(
+        False,
+        "rates as an ordered scale: one linear function of the features is the likeliest rate, not one for each",
+        later=True,
+    )
+    once: bool = _setting(False, "decide in the prefill alone: the rate holds for the whole answer", later=True)
     samples: int = _setting(6, "trajectories that rloo and imitate draw of each answer", later=True)
     delay: int = _setting(
         0, "first tokens of an answer that see the whole image; budgets that short answers cannot meet so are not met", later=True
@@ -81,12 +88,15 @@ class Settings:
         for name, known in {"recipe": RECIPES, "features": FEATURES}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if self.once and (self.delay or self.residency == "mask"):
+            raise ValueError('once decides in the prefill what leaves: it goes with no delay, and with residency "evict" alone')
         if self.samples < 2:
             raise ValueError(f"samples is at least 2, for each is held against the others, not {self.samples}")
 
     def decisive(self) -> dict:
-        """All fields but later ones at their defaults: what a stored predictor is found by, also one stored before those came."""
-        return {f.name: asdict(self)[f.name] for f in fields(self) if not f.metadata["later"] or getattr(self, f.name) != f.default}
+        """All fields but later ones at their defaults: what a predictor is found by that was stored before those came."""
+        usual = {f.name: f.default for f in fields(self) if f.metadata["later"]}
+        return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 
     @property
     def retention(self) -> float | None:

@@ -25,15 +25,17 @@ SAVE_EVERY = WARN_EVERY = 25  # steps
 
 @dataclass
 class Draw:
-    """What was drawn for one batch. masks, cost: of one trajectory of each answer, or of several, which are then the first axis.
+    """What was drawn for one batch: one trajectory of each answer, or several, which are then the first axis.
 
-    cost: of each step, as a share of the answer's unpruned cost. log_prob: of each choice of a rate, where they were sampled.
+    kept: image tokens that each step keeps; cost: of each step, as a share of the answer's unpruned cost. masks: where the model
+    is to run under them. log_prob: of each choice of a rate, where they were sampled.
     """
 
     prepared: Prepared
     logits: Float[Tensor, "batch step rate"]
-    masks: Float[Tensor, "*sample batch step image_token"]
+    kept: Float[Tensor, "*sample batch step"]
     cost: Float[Tensor, "*sample batch step"]
+    masks: Float[Tensor, "*sample batch step image_token"] | None = None
     log_prob: Float[Tensor, "sample batch step"] | None = None
 
 
@@ -143,14 +145,14 @@ class Trainer:
         logits = self.predictor(prepared.features)
         choice = gumbel_one_hot(logits, noise, self.temperature)
         masks = masks_over_steps(choice, prepared, self.settings.residency, self.settings.delay)
-        return Draw(prepared, logits, masks, self.cost(prepared, masks))
+        return Draw(prepared, logits, masks.sum(-1), self.cost(prepared, masks.sum(-1)), masks)
 
-    def cost(self, prepared: Prepared, masks: Float[Tensor, "batch step image_token"]) -> Float[Tensor, "batch step"]:
-        """What each step costs under these masks, as a share of the answer's unpruned cost."""
+    def cost(self, prepared: Prepared, kept: Float[Tensor, "batch step"]) -> Float[Tensor, "batch step"]:
+        """What each step costs that keeps so many image tokens, as a share of the answer's unpruned cost."""
         n_image = prepared.image.sum(1)
         n_text = prepared.real[:, : prepared.n_prompt].sum(1) - n_image
         return remaining_by_step(
-            self.settings.unit, self.shape, masks.sum(-1), n_image, n_text, prepared.valid, self.settings.first_pruned_layer
+            self.settings.unit, self.shape, kept, n_image, n_text, prepared.valid, self.settings.first_pruned_layer
         )
 
     def objective(self, draw: Draw, pull: float) -> tuple[Tensor, Tensor]:
@@ -184,7 +186,7 @@ class Trainer:
 
     def record(self, draws: Sequence[Draw], loss: float, cost: float, gradient: float) -> None:
         """Append a row to the history. retention, spread: mean and deviation over steps and answers; entropy: nats a choice."""
-        shares = [(d.masks.detach().sum(-1) / d.prepared.image.sum(1)[:, None])[..., d.prepared.valid] for d in draws]
+        shares = [(d.kept.detach() / d.prepared.image.sum(1)[:, None])[..., d.prepared.valid] for d in draws]
         retention = torch.cat([share.flatten() for share in shares])
         logits = torch.cat([d.logits.detach()[d.prepared.valid] for d in draws])
         self.history.append({
