@@ -147,6 +147,8 @@ def late_said(laboratories: tuple[Laboratory, ...]) -> str:
     said = []
     for lab in laboratories:
         of = table[table.laboratory == lab.name].set_index("basis")
+        if of.empty:
+            continue
         said.append(f"{lab.name} {'; '.join(f'{_difference(of.loc[b])} at {BASES[b]}' for b in BASES if b in of.index)}")
     return (
         f"A rate that rises over the answer (LinearAnneal) minus a constant one (FastV) where the last thing of the picture is "
