@@ -16,6 +16,7 @@ from study.figures.comparison import loss_heat, pareto
 from study.figures.dynamics import forest, mean_schedules
 from study.figures.efficiency import decode_reads, saving_realised, share_by_text
 from study.figures.errata import macs_by_retention, mixed_protocols, swapped_columns
+from study.figures.headroom import gains_by_ranking, loss_by_cost
 from study.figures.laboratories import methods_against_random, ranking_by_layer, task_needs
 from study.figures.masks import kept_patches
 from study.figures.predictor import (

@@ -142,8 +142,10 @@ class Curve:
 
     def at(self, budgets: float | Float[np.ndarray, " resample"]) -> Float[np.ndarray, " resample"]:
         """Loss at a mean cost, one or one a resample: NaN below the cheapest point, and above the dearest that point's."""
-        points = zip(np.broadcast_to(budgets, len(self.cost)), self.cost, self.loss, strict=True)
-        return np.array([np.interp(budget, cost, loss, left=np.nan) for budget, cost, loss in points])
+        budgets = np.broadcast_to(budgets, len(self.cost))
+        points = zip(budgets, self.cost, self.loss, strict=True)
+        between = np.array([np.interp(budget, cost, loss) for budget, cost, loss in points])
+        return np.where(budgets < self.cost[:, 0] - 1e-9, np.nan, between)  # a mean is rounded
 
 
 def curve(front: Frontier, weights: Float[np.ndarray, "resample n"]) -> Curve:

@@ -14,7 +14,7 @@ import torch
 
 from dyrate.atomic import write_whole
 from dyrate.cost import Shape
-from study.headroom.frontier import Library, against_constant, at_budget
+from study.headroom.frontier import Library, against_constant, at_budget, resampled
 from study.headroom.library import LIBRARIES, UNITS, costs, kept_tokens
 from study.headroom.rankings import STATIC
 
@@ -95,6 +95,11 @@ def library(measured: Measured, ranking: str, residency: str, unit: str = "reten
         np.array([t.constant for t in trajectories]), pd.factorize(measured.answers.task)[0],
         measured.answers.filter(like="feature").to_numpy(),
     )  # fmt: skip
+
+
+def cost_of_constant(measured: Measured, residency: str, retention: float, unit: str) -> float:
+    """Mean cost of a constant rate in a unit, tasks weighted equally; the library must have one of this retention."""
+    return float(resampled(library(measured, "FastV", residency).task, 0)[0] @ measured.costs[residency, f"{retention:g}", unit])
 
 
 def captured(measured: Measured, ranking: str, residency: str, unit: str = "retention") -> dict[str, dict]:
