@@ -163,10 +163,10 @@ def scores_shown(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def against_bound(gain: dict) -> str:
-    """What an interval in the score says about a difference that matters."""
+    """What an interval in the score says about differences of at least `MATTERS`."""
     if gain["low"] > MATTERS or gain["high"] < -MATTERS:
-        return "matters"
-    return "does not matter" if gain["low"] > -MATTERS and gain["high"] < MATTERS else "undecided"
+        return "better" if gain["low"] > MATTERS else "worse"
+    return "equivalent" if gain["low"] > -MATTERS and gain["high"] < MATTERS else "undecided"
 
 
 def _interval(row) -> str:
@@ -223,12 +223,13 @@ def score_said(laboratories: tuple[Measured, ...]) -> str:
     table = scores(laboratories)
     if table.empty:
         return "No answers have been generated under these schedules yet."
-    rows = table[(table.method != "constant") & (table.budget == BUDGET)]
+    rows = table[(table.method != "constant") & (table.budget == BUDGET) & (table.residency == "evict")]
     parts = [
         f"{SAID[row['method']]} on {row['laboratory']} {_interval(pd.Series(row))} ({against_bound(row)})"
         for row in rows.to_dict("records")
     ]
-    return f"In the score of generated answers, of which {MATTERS:g} was set as what matters: {'; '.join(parts)}."
+    said = f"In the score of generated answers, where {MATTERS:g} was set beforehand as the least that matters"
+    return f"{said}, against a constant rate: {'; '.join(parts)}."
 
 
 def record(chapter: Chapter, laboratories: tuple[Measured, ...]) -> None:
