@@ -11,7 +11,7 @@ from study.examples import examples
 from study.headroom.confirm import MAX_NEW_TOKENS, confirmed, generated, questions
 from study.headroom.frontier import POLICIES, at_budget, curves, number
 from study.headroom.library import LIBRARIES, UNITS
-from study.headroom.report import PAPER, Measured, captured, cost_of_constant, library
+from study.headroom.report import BEST_OTHER, PAPER, Measured, captured, cost_of_constant, library
 
 BUDGET = 0.25  # of the headline
 SHOWN = (0.0625, 0.125, 0.1875, 0.25, 0.33, 0.4, 0.5, 0.65, 0.8, 1.0)  # costs at which curves are drawn
@@ -197,14 +197,19 @@ def finding(laboratories: tuple[Measured, ...]) -> str:
 
 
 def recipe_said(laboratories: tuple[Measured, ...], name: str) -> str:
-    """What the paper's recipe captures in a laboratory, in words."""
+    """What the paper's recipe, and the best other one, captures in a laboratory, in words."""
     table = at_hand(laboratories)
-    rows = table[(table.laboratory == name) & table.paper.astype(bool)]
-    if rows.empty:
-        return "no predictor is trained for this model yet"
-    row = rows.loc[(rows.retention - BUDGET).abs().idxmin()]
-    share = _percent(row.captured, row.captured_low, row.captured_high)
-    return f"the paper's recipe ({row.seeds} trainings, at its own mean retention of {row.retention:.2f}) captures {share}"
+    rows = table[table.laboratory == name]
+    parts = []
+    for what, of in (
+        ("the paper's recipe", rows[rows.paper.astype(bool)]),
+        (f"the {BEST_OTHER}", rows[rows.recipe == BEST_OTHER]),
+    ):
+        if len(of):
+            row = of.loc[(of.retention - BUDGET).abs().idxmin()]
+            share = _percent(row.captured, row.captured_low, row.captured_high)
+            parts.append(f"{what} (at its own mean retention of {row.retention:.2f}) captures {share}")
+    return " and ".join(parts) or "no predictor is trained for this model yet"
 
 
 def elsewhere(table: pd.DataFrame) -> str:

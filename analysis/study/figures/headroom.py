@@ -36,7 +36,8 @@ def loss_by_cost(curves: pd.DataFrame, trained: pd.DataFrame) -> Figure:
         axis.set_ylabel("loss (nats a token)")
     for axis in axes[len(names) :]:
         axis.set_visible(False)
-    axes[0].plot([], [], "*", color=POLICY_COLOURS["DyRate"], markersize=11, label="DyRate, the paper's recipe")
+    for mark, name in (("*", "DyRate, the paper's recipe"), ("P", "DyRate, other recipes")):
+        axes[0].plot([], [], mark, color=POLICY_COLOURS["DyRate"], markersize=9, label=name)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
