@@ -76,7 +76,7 @@ def measure(
     for table, rows in tables.items():
         path = out / f"headroom_layer{layer}_{table}.csv.gz"
         frame = pd.concat(rows, ignore_index=True).round(4)
-        write_whole(path, lambda path, frame=frame: frame.to_csv(path, index=False, compression="gzip", float_format="%.4g"))
+        write_whole(path, lambda path, frame=frame: frame.to_csv(path, index=False, compression="gzip", float_format="%.3g"))
     about = describe(lab.model) | {"model": model, "n": n, "layer": layer, "source": source, "tasks": list(tasks)}
     about |= {"rankings": list(rankings), "shape": asdict(shape_of(lab.model)), "torch": torch.__version__}
     write_whole(out / f"headroom_layer{layer}_about.json", json.dumps(about, indent=1) + "\n")
