@@ -6,7 +6,7 @@ import torch
 import dyrate
 from by_hand import HEADS, kept, seen
 from study import controls
-from study.controls import Oracle, ShuffledRates, TaskConstant
+from study.controls import Oracle, ShuffledRates, TaskConstant, TaskSchedule
 from study.examples import examples
 
 ONE = [dyrate.Example("a", "caption", "", ())]
@@ -24,6 +24,13 @@ def test_one_rate_for_each_task():
     assert kept(TaskConstant(rates={"caption": 0.75}), seen(HEADS, examples=ONE)) == [1]
     with pytest.raises(ValueError, match=r"no rate for the tasks \['caption'\]"):
         TaskConstant(rates={"recap": 0.5}).keep(seen(HEADS, examples=ONE))
+
+
+def test_one_schedule_for_each_task():
+    strategy = TaskSchedule(rates={"caption": (0.25, 0.75)})
+    assert [strategy.keep(seen(HEADS, step=t, examples=ONE)) for t in range(3)] == [[0.75], [0.25], [0.25]]
+    with pytest.raises(ValueError, match=r"no rates for the tasks \['caption'\]"):
+        TaskSchedule(rates={"recap": (0.5,)}).keep(seen(HEADS, examples=ONE))
 
 
 def test_oracle_puts_shown_patches_first(monkeypatch):

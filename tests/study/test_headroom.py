@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from dyrate.cost import ledger, shape_of
+from dyrate.cost import LLAVA_7B, ledger, shape_of
 from dyrate.generation import answer_batch, encode
 from dyrate.predictor import rate_grid
 from dyrate.strategies.controls import Constant, RandomPrune
 from dyrate.strategies.full import Full
 from dyrate.teacher_forcing import prepare, teacher_forced, unpruned_logits
+from study.chapters import headroom as chapter
 from study.examples import examples
-from study.headroom import library, measure, rankings
+from study.headroom import confirm, frontier, library, measure, rankings, report
+from study.headroom.frontier import Library
 from study.headroom.library import CONSTANTS, FALLING, LIBRARIES, N_RATES, Trajectory
 
 
@@ -160,3 +164,166 @@ def test_what_is_stored_is_not_measured_again(measured, monkeypatch):
 def test_predictors_of_another_layer_are_left_out():
     folder = measure.ROOT / "data" / "pocket-plain" / "dyrate"
     assert len(measure.trained_here(folder, 2)) == 3 and measure.trained_here(folder, 6) == measure.trained_here(None, 2) == {}
+
+
+# -- choices at equal cost -------------------------------------------------------------------------------------------------
+
+
+def chosen_among(loss: np.ndarray, task: np.ndarray, features: np.ndarray | None = None) -> Library:
+    """A library that keeps everything, or (columns 1 and 2, of which the first is a constant) a quarter of it."""
+    cost = np.broadcast_to([1, 0.25, 0.25], loss.shape)
+    features = np.zeros((len(loss), 1)) if features is None else features
+    return Library(loss, cost, np.array([True, True, False]), task, features)
+
+
+def reached(asked: Library, budget: float) -> dict[str, float]:
+    return {name: float(curve.at(budget)[0]) for name, curve in frontier.curves(asked).items()}
+
+
+def test_a_task_is_known_or_not():
+    task = np.repeat([0, 1], 20)
+    loss = np.where(task[:, None] == 0, [[0.0, 1.0, 0.2]], [[0.0, 0.4, 0.6]])
+    at = reached(chosen_among(loss, task), 0.25)
+    assert at["constant"] == pytest.approx(0.7) and at["schedule"] == pytest.approx(0.4)
+    assert at["schedule by task"] == at["best for each answer"] == pytest.approx(0.3)
+
+
+def test_between_two_points_of_a_frontier_answers_are_mixed():
+    loss = np.tile([[0.0, 0.8, 0.4]], (20, 1))
+    asked = chosen_among(loss, np.zeros(20, int))
+    assert reached(asked, 0.625)["constant"] == pytest.approx(0.4) and reached(asked, 0.625)["schedule"] == pytest.approx(0.2)
+    assert np.isnan(reached(asked, 0.2)["constant"])  # nothing is so cheap
+
+
+def test_luck_is_no_gain_but_for_the_upper_bound():
+    """Losses that nothing explains: who chooses on one half gains nothing on the other."""
+    rng = np.random.default_rng(0)
+    loss = np.hstack([np.zeros((400, 1)), rng.normal(1, 0.3, (400, 2))])
+    asked = chosen_among(loss, np.arange(400) % 4, rng.normal(size=(400, 5)))
+    gains = {name: 1 - loss for name, loss in reached(asked, 0.25).items()}
+    assert all(abs(gain) < 0.06 for name, gain in gains.items() if name != "best for each answer")
+    assert gains["best for each answer"] > 0.12
+
+
+def test_features_that_tell_the_answers_apart_capture_the_headroom():
+    rng = np.random.default_rng(0)
+    feature = rng.choice([-1.0, 1.0], 200)
+    loss = np.stack([np.zeros(200), 1 + feature / 2, 1 - feature / 2], 1)
+    found = frontier.at_budget(chosen_among(loss, np.arange(200) % 2, feature[:, None]), 0.25)
+    assert found["by features: captured"]["value"] == pytest.approx(1)
+    assert found["schedule: captured"]["value"] < 0.2 and found["best for each answer: share"]["value"] == pytest.approx(
+        0.5, abs=0.1
+    )
+
+
+def test_a_controller_is_held_to_the_constant_and_the_best():
+    rng = np.random.default_rng(0)
+    loss = np.hstack([np.zeros((60, 1)), rng.uniform(0.5, 1.5, (60, 2))])
+    asked = chosen_among(loss, np.arange(60) % 3)
+    cost = np.full((60, 2), 0.25)
+    for controller, share in ((loss[:, [1, 1]], 0), (loss[:, 1:].min(1, keepdims=True).repeat(2, 1), 1)):
+        found = frontier.against_constant(asked, controller, cost)
+        assert found["captured"]["value"] == pytest.approx(share) and found["captured"]["seeds"] == 2
+    assert found["gain"]["low"] > 0
+
+
+def test_the_best_controller_is_not_scored_where_it_was_chosen():
+    """Of controllers that differ by luck alone the best captures nothing; one that is truly good is found."""
+    rng = np.random.default_rng(0)
+    loss = np.hstack([np.zeros((80, 1)), rng.uniform(0.5, 1.5, (80, 2))])
+    asked, cost = chosen_among(loss, np.arange(80) % 2), np.full((80, 1), 0.25)
+    lucky = {str(i): (rng.permuted(loss[:, 1:2], axis=0), cost) for i in range(20)}
+    assert frontier.best_of(asked, lucky)["captured"]["value"] < 0.3
+    good = lucky | {"good": (loss[:, 1:].min(1, keepdims=True), cost)}
+    assert frontier.best_of(asked, good)["captured"]["value"] == pytest.approx(1)
+
+
+def test_resamples_weigh_tasks_alike():
+    task = np.array([0] * 10 + [1] * 2)
+    weights = frontier.resampled(task, 50)
+    assert np.allclose(weights[:, task == 0].sum(1), 0.5) and np.allclose(weights.sum(1), 1)
+    assert np.allclose(weights[0], np.where(task == 0, 1 / 20, 1 / 4)) and len(np.unique(weights[1:, 0])) > 1
+
+
+# -- from tables to pages --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """Tables as a measurement writes them, of losses made up: a sixteenth of the image is enough for task a, b needs all."""
+    rng, n = np.random.default_rng(0), 30
+    folder = tmp_path_factory.mktemp("results") / "made-up"
+    folder.mkdir()
+    answers = pd.DataFrame({"sample": [f"{task}-{i}" for task in "ab" for i in range(n)], "task": ["a"] * n + ["b"] * n})
+    answers = answers.assign(tokens=[2] * n + [30] * n, text=20, image=144, feature0=rng.normal(size=2 * n))
+    need = np.repeat([0.0625, 1.0], n)
+    columns = {
+        f"{ranking} {residency} {t.name}": np.maximum(0, need - (t.start + t.end) / 2) + rng.uniform(0, 0.01, 2 * n)
+        for ranking in rankings.RANKINGS for residency in LIBRARIES for t in LIBRARIES[residency]
+    }  # fmt: skip
+    losses = pd.concat([answers[["sample"]], pd.DataFrame(columns)], axis=1)
+    trained = answers[["sample", "task"]].assign(
+        predictor="evict-0.33-seed0", ranking="FastV", residency="evict", loss=0.4, retention=0.4, macs=0.7, kv_bytes=0.6
+    )
+    for name, table in (("answers", answers), ("losses", losses), ("dyrate", trained)):
+        table.to_csv(folder / f"headroom_layer2_{name}.csv.gz", index=False)
+    about = {"model": "made-up", "layer": 2, "n": n, "device": "none", "source": "laboratories", "tasks": ["a", "b"]}
+    about |= {"rankings": list(rankings.RANKINGS), "shape": vars(LLAVA_7B)}
+    (folder / "headroom_layer2_about.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_costs_of_the_library_follow_from_the_lengths(tables):
+    measured = report.Measured(tables)
+    assert np.allclose(measured.costs["evict", "0.25", "retention"], 0.25)
+    assert np.allclose(measured.costs["evict", "1 to 0.25 at 1", "retention"], np.repeat([0.625, (1 + 29 * 0.25) / 30], 30))
+    assert (measured.costs["mask", "0.25", "macs"] > measured.costs["evict", "0.25", "macs"]).all()  # a whole prefill
+    assert report.cost_of_constant(measured, "evict", 0.25, "retention") == pytest.approx(0.25)
+
+
+def test_a_task_that_needs_less_leaves_more_to_others(tables):
+    written = report.report(tables)["layer 2"]
+    found = written["FastV, evict"]
+    at = found["budgets"]["0.5"]
+    assert at["constant by task: gain"]["low"] > 0.15 and at["constant by task: share"]["value"] > 0.8
+    assert found["DyRate"]["evict-0.33"]["gain"]["n"] == 60
+    assert json.loads((tables / "headroom.json").read_text())["layer 2"].keys() == written.keys()
+
+
+@pytest.mark.parametrize("method", confirm.METHODS)
+def test_schedules_to_be_answered_lie_on_both_sides_of_the_budget(tables, method):
+    asked = report.library(report.Measured(tables), "FastV", "evict")
+    below, above = confirm.bracket(asked, method, 0.33)
+    mean_cost = [np.mean([asked.cost[asked.task == task, i].mean() for task, i in enumerate(side)]) for side in (below, above)]
+    assert mean_cost[0] <= 0.33 <= mean_cost[1] < 1 and (method == "schedule") == (len({*below}) == len({*above}) == 1)
+    with pytest.raises(ValueError, match="as cheap as"):
+        confirm.bracket(asked, method, 0.01)
+
+
+def test_scores_are_read_between_two_schedules():
+    rows = [
+        {"label": label, "method": method, "budget": budget, "task": "qa_place", "sample": i, "retention": kept, "score": score}
+        for label, method, budget, kept, score in (
+            ("Full", "Full", np.nan, 1.0, 1.0), ("constant", "constant", 0.25, 0.3, 0.5),
+            ("low", "schedule", 0.25, 0.2, 0.6), ("high", "schedule", 0.25, 0.4, 0.8),
+        )
+        for i in range(4)
+    ]  # fmt: skip
+    found = confirm.confirmed(pd.DataFrame(rows)).set_index("method")
+    assert found.score["schedule"] == pytest.approx(0.7) and found.value["schedule"] == pytest.approx(0.2)
+    assert found.unpruned["constant"] == 1 and found.value["constant"] == 0
+
+
+def test_the_chapter_says_what_is_there(tables):
+    with pytest.raises(FileNotFoundError, match=r"study\.headroom measure"):
+        chapter.read(str(tables))
+    laboratories = chapter.read(str(tables.parent))
+    said = chapter.finding(laboratories)
+    assert "made-up" in said and "the paper's recipe (at its own" in said and "No answers have been generated" in said
+    assert len(chapter.gains_shown(chapter.gains(laboratories))) == 6 and len(chapter.units_shown(laboratories)) == 3
+
+
+def test_a_bound_that_was_set_before_decides():
+    ends = {"better": (0.02, 0.05), "worse": (-0.05, -0.02), "equivalent": (-0.005, 0.009), "undecided": (-0.02, 0.03)}
+    for verdict, (low, high) in ends.items():
+        assert chapter.against_bound({"low": low, "high": high}) == verdict

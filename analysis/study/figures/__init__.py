@@ -17,6 +17,7 @@ from study.figures.dynamics import forest, mean_schedules
 from study.figures.efficiency import decode_reads, saving_realised, share_by_text
 from study.figures.errata import macs_by_retention, mixed_protocols, swapped_columns
 from study.figures.fine_grained import compared_with_constants, detail_curves
+from study.figures.headroom import gains_by_ranking, loss_by_cost
 from study.figures.importance import (
     agreement_by_layer,
     agreement_of_rankings,

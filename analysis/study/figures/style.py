@@ -16,6 +16,10 @@ plt.style.use(Path(__file__).with_name("study.mplstyle"))
 
 SEGMENT_COLOURS = dict(zip(SEGMENTS, ("#999999", "#E69F00", "#0072B2", "#009E73"), strict=True))
 TASK_COLOURS = {"description": "#0072B2", "recap": "#009E73", "look_late": "#D55E00", "caption": "#CC79A7"}
+POLICY_COLOURS = {
+    "constant": "#000000", "schedule": "#E69F00", "constant by task": "#56B4E9", "schedule by task": "#0072B2",
+    "by features": "#009E73", "by task and features": "#999999", "best for each answer": "#D55E00", "DyRate": "#CC79A7",
+}  # fmt: skip
 
 
 def axes_of(width: float, height: float, columns: int = 1, **shared):

@@ -29,6 +29,7 @@ from study.scores import scored
 
 BUDGETS = (0.25, 0.33)
 OTHER_SCENES = 100_000  # those that chose the schedules come before
+MAX_NEW_TOKENS = 100
 STEPS = 128  # of a schedule; its last rate goes on
 METHODS = {"schedule": of_mean, "schedule by task": of_task}
 
@@ -83,7 +84,7 @@ def confirm(
     measured = Measured(folder, layer)
     wanted = conditions(measured, residency)
     model, processor = dyrate.load(measured.name, dtype=torch.float32)
-    how = {"max_new_tokens": 100, "batch_size": batch_size}
+    how = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": batch_size}
     rows = answer_all(model, processor, wanted, questions(measured, n), store, **how)
     path = out / _file(layer, residency)
     write_whole(path, lambda path: rows.to_csv(path, index=False, compression="gzip"))

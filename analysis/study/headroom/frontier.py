@@ -142,8 +142,10 @@ class Curve:
 
     def at(self, budgets: float | Float[np.ndarray, " resample"]) -> Float[np.ndarray, " resample"]:
         """Loss at a mean cost, one or one a resample: NaN below the cheapest point, and above the dearest that point's."""
-        points = zip(np.broadcast_to(budgets, len(self.cost)), self.cost, self.loss, strict=True)
-        return np.array([np.interp(budget, cost, loss, left=np.nan) for budget, cost, loss in points])
+        budgets = np.broadcast_to(budgets, len(self.cost))
+        points = zip(budgets, self.cost, self.loss, strict=True)
+        between = np.array([np.interp(budget, cost, loss) for budget, cost, loss in points])
+        return np.where(budgets < self.cost[:, 0] - 1e-9, np.nan, between)  # a mean is rounded
 
 
 def curve(front: Frontier, weights: Float[np.ndarray, "resample n"]) -> Curve:
@@ -208,3 +210,25 @@ def against_constant(
     gain, headroom = mean["constant"] - mean["controller"], mean["constant"] - mean["best for each answer"]
     found = mean | {"gain": gain, "headroom": headroom, "captured": gain / headroom}
     return {name: number(values, n) | {"seeds": seeds} for name, values in found.items()}
+
+
+def best_of(library: Library, controllers: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, dict]:
+    """`against_constant` of the controller that captures most: chosen on one half of the answers, scored on the other.
+
+    controllers: loss and cost of each, (n, seed); the mean over its trainings counts.
+    """
+    fronts = {name: frontier(library, policy) for policy in POLICIES if (name := policy.name) in ("constant", POLICIES[-1].name)}
+    means = {name: (loss.mean(1), cost.mean(1)) for name, (loss, cost) in controllers.items()}
+    chosen = np.empty((2, len(library.task)))
+    for half in (0, 1):
+        weights = resampled(library.task, 0) * (library.halves != half)
+        weights /= weights.sum()
+
+        def share(name: str, weights=weights) -> float:
+            loss, cost = (weights[0] @ values for values in means[name])
+            constant, best = (curve(front, weights).at(cost)[0] for front in fronts.values())
+            return np.nan_to_num((constant - loss) / (constant - best), nan=-np.inf)
+
+        asked = library.halves == half
+        chosen[:, asked] = np.stack(means[max(controllers, key=share)])[:, asked]
+    return against_constant(library, *chosen[:, :, None])

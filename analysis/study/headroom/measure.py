@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from dyrate.data import Example
 from dyrate.models import describe
 from dyrate.predictor import RatePredictor
 from dyrate.strategies.dyrate import DyRate
-from dyrate.teacher_forcing import IGNORE, Prepared, masked_logits, masks_over_steps, prepare
+from dyrate.teacher_forcing import IGNORE, Prepared, masked_logits, masks_over_steps, prepare, teacher_forced
 from study.answers import weights_digest
 from study.examples import examples
 from study.headroom.library import LIBRARIES, N_RATES, costs, kept_tokens
@@ -76,7 +76,7 @@ def measure(
     for table, rows in tables.items():
         path = out / f"headroom_layer{layer}_{table}.csv.gz"
         frame = pd.concat(rows, ignore_index=True).round(4)
-        write_whole(path, lambda path, frame=frame: frame.to_csv(path, index=False, compression="gzip", float_format="%.4g"))
+        write_whole(path, lambda path, frame=frame: frame.to_csv(path, index=False, compression="gzip", float_format="%.3g"))
     about = describe(lab.model) | {"model": model, "n": n, "layer": layer, "source": source, "tasks": list(tasks)}
     about |= {"rankings": list(rankings), "shape": asdict(shape_of(lab.model)), "torch": torch.__version__}
     write_whole(out / f"headroom_layer{layer}_about.json", json.dumps(about, indent=1) + "\n")
@@ -155,21 +155,29 @@ def library_losses(lab: Laboratory, prepared: Prepared, ranking: str, residency:
     return pd.DataFrame(columns)
 
 
-def losses(lab: Laboratory, prepared: Prepared, indices: Tensor, residency: str, n_rates: int = N_RATES) -> list[float]:
+def losses(lab: Laboratory, prepared: Prepared, indices: Tensor, residency: str) -> list[float]:
     """Teacher-forced loss of each answer in nats a token, under the rates with these indices at each step (batch, step)."""
-    masks = masks_over_steps(F.one_hot(indices, n_rates).float(), prepared, residency)
+    masks = masks_over_steps(F.one_hot(indices, N_RATES).float(), prepared, residency)
     logits = masked_logits(lab.model, lab.place, prepared, masks).float()
     each = F.cross_entropy(logits.transpose(1, 2), prepared.labels, ignore_index=IGNORE, reduction="none")
     return (each.sum(1) / prepared.valid.sum(1)).tolist()
 
 
-@torch.no_grad()
-def predictor_rows(lab: Laboratory, own: Prepared, prepared: Prepared, predictor: RatePredictor) -> pd.DataFrame:
-    """Loss and costs of each answer under the rates that a predictor chooses. own: prepared with what this predictor observes."""
-    indices, residency, n_rates = predictor(own.features).argmax(-1), predictor.residency, len(predictor.rates)
+def predictor_rows(lab: Laboratory, own: Prepared, ranks: Prepared, predictor: RatePredictor) -> pd.DataFrame:
+    """Loss and costs of each answer under the rates that a predictor chooses, evicting by another ranking.
+
+    own: prepared with what this predictor observes; ranks: with the ranking's scores.
+    """
+    prepared = replace(own, score=ranks.score)
+    rows, n_rates = teacher_forced(lab.model, predictor, [prepared]), len(predictor.rates)
+    indices = torch.zeros_like(prepared.labels)
+    for i, row in enumerate(rows):
+        rates = torch.tensor(row["rates"], device=indices.device)
+        indices[i, : len(rates)] = (rates * n_rates).round().long()
     n_image = prepared.image.sum(1)
-    kept = kept_tokens(indices, n_image, residency, n_rates)
+    kept = kept_tokens(indices, n_image, predictor.residency, n_rates)
     text = prepared.real[:, : prepared.n_prompt].sum(1) - n_image
-    spent = costs(kept, prepared.valid, n_image, text, shape_of(lab.model), predictor.first_pruned_layer, residency)
-    rows = {"residency": residency, "loss": losses(lab, prepared, indices, residency, n_rates)}
-    return pd.DataFrame(rows | {unit: values.tolist() for unit, values in spent.items()})
+    where = shape_of(lab.model), predictor.first_pruned_layer, predictor.residency
+    spent = costs(kept, prepared.valid, n_image, text, *where)
+    found = {"residency": predictor.residency, "loss": [row["loss"] for row in rows]}
+    return pd.DataFrame(found | {unit: values.tolist() for unit, values in spent.items()})

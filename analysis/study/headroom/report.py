@@ -14,12 +14,13 @@ import torch
 
 from dyrate.atomic import write_whole
 from dyrate.cost import Shape
-from study.headroom.frontier import Library, against_constant, at_budget
+from study.headroom.frontier import Library, against_constant, at_budget, best_of, resampled
 from study.headroom.library import LIBRARIES, UNITS, costs, kept_tokens
 from study.headroom.rankings import STATIC
 
 BUDGETS = (0.5, 0.33, 0.25, 0.15)
-PAPER = re.compile(r"(evict|mask)-[0-9.]+")  # a recipe's name says what it changes of the paper's; that one has a budget alone
+PAPER = re.compile(r"(evict|mask|paper)-[0-9.]+")  # folders of predictors that were trained as the paper does
+BEST_OTHER = "best other recipe"
 
 
 @dataclass(eq=False)
@@ -97,13 +98,18 @@ def library(measured: Measured, ranking: str, residency: str, unit: str = "reten
     )  # fmt: skip
 
 
+def cost_of_constant(measured: Measured, residency: str, retention: float, unit: str) -> float:
+    """Mean cost of a constant rate in a unit, tasks weighted equally; the library must have one of this retention."""
+    return float(resampled(library(measured, "FastV", residency).task, 0)[0] @ measured.costs[residency, f"{retention:g}", unit])
+
+
 def captured(measured: Measured, ranking: str, residency: str, unit: str = "retention") -> dict[str, dict]:
-    """`against_constant` of each recipe that was trained in this residency."""
-    asked = library(measured, ranking, residency, unit)
-    return {
-        recipe: against_constant(asked, *(np.stack([rows[column] for rows in trainings], 1) for column in ("loss", unit)))
-        for recipe, trainings in measured.recipes(ranking, residency).items()
-    }
+    """`against_constant` of each recipe that was trained in this residency, and of the best that is not the paper's."""
+    asked, rows = library(measured, ranking, residency, unit), measured.recipes(ranking, residency)
+    trained = {recipe: tuple(np.stack([of[c] for of in each], 1) for c in ("loss", unit)) for recipe, each in rows.items()}
+    found = {recipe: against_constant(asked, *values) for recipe, values in trained.items()}
+    others = {recipe: values for recipe, values in trained.items() if not PAPER.fullmatch(recipe)}
+    return found | ({BEST_OTHER: best_of(asked, others)} if others else {})
 
 
 def report(folder: Path, layers: tuple[int, ...] = (2, 6)) -> dict:

@@ -1,0 +1,267 @@
+"""Chapter 12, what could a perfect controller gain? Drawn from stored losses (`python -m study.headroom`); measures nothing."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pandas as pd
+
+from study.book import ROOT, Chapter
+from study.examples import examples
+from study.headroom.confirm import MAX_NEW_TOKENS, confirmed, generated, questions
+from study.headroom.frontier import POLICIES, at_budget, curves, number
+from study.headroom.library import LIBRARIES, UNITS
+from study.headroom.report import BEST_OTHER, PAPER, Measured, captured, cost_of_constant, library
+
+BUDGET = 0.25  # of the headline
+SHOWN = (0.0625, 0.125, 0.1875, 0.25, 0.33, 0.4, 0.5, 0.65, 0.8, 1.0)  # costs at which curves are drawn
+MATTERS = 0.01  # of the score: a smaller difference counts as none, said before anything was measured
+BEST = "best for each answer"
+GAINING = tuple(policy.name for policy in POLICIES if policy.name != "constant")
+SAID = {
+    "schedule": "one schedule for all", "schedule by task": "one for each task",
+    "by features": "one chosen by the predictor's features",
+}  # fmt: skip
+RANKING_NAMES = {"FastV": "FastV's ranking", "random": "random ranking", "importance": "the ranking by true importance"}
+UNIT_NAMES = {"retention": "mean retention", "macs": "multiply-accumulates", "kv_bytes": "cache bytes read"}
+
+
+@cache
+def read(folder: str) -> tuple[Measured, ...]:
+    """Every laboratory and first pruned layer with measured losses below a folder, relative to the repository."""
+    paths = sorted((ROOT / folder).glob("*/headroom_layer*_about.json"))
+    if not paths:
+        raise FileNotFoundError(f"no measured losses below {folder}: `python -m study.headroom measure` makes them")
+    return tuple(Measured(path.parent, int(path.name.split("_")[1].removeprefix("layer"))) for path in paths)
+
+
+def label(measured: Measured) -> str:
+    """A laboratory's name, with the first pruned layer where that is not 2."""
+    return measured.name if measured.layer == 2 else f"{measured.name} from layer {measured.layer}"
+
+
+@cache
+def losses(laboratories: tuple[Measured, ...], ranking: str = "FastV", residency: str = "evict") -> pd.DataFrame:
+    """Loss of each policy along its curve: laboratory, policy, cost, value, low, high, n."""
+    rows = []
+    for lab in laboratories:
+        asked = library(lab, ranking, residency)
+        for name, curve in curves(asked).items():
+            where = {"laboratory": label(lab), "policy": name}
+            rows += [where | {"cost": cost} | number(curve.at(cost), len(asked.task)) for cost in SHOWN]
+    return pd.DataFrame(rows)
+
+
+@cache
+def gains(laboratories: tuple[Measured, ...], budget: float = BUDGET) -> pd.DataFrame:
+    """What each policy gains on a constant rate: laboratory, ranking, residency, policy, and the gain in nats a token.
+
+    loss: of the policy; constant, unpruned: of those. share, captured: the gain as a share of what the constant rate costs, and
+    of the gain of the best trajectory for each answer.
+    """
+    rows = []
+    for lab in laboratories:
+        for ranking in lab.about["rankings"]:
+            for residency in LIBRARIES:
+                found = at_budget(library(lab, ranking, residency), budget)
+                where = {"laboratory": label(lab), "ranking": ranking, "residency": residency}
+                where |= {what: found[what]["value"] for what in ("constant", "unpruned")}
+                for policy in GAINING:
+                    row = where | {"policy": policy, "loss": found[policy]["value"]} | found[f"{policy}: gain"]
+                    for what in ("share", "captured"):
+                        of = found[f"{policy}: {what}"]
+                        row |= {what: of["value"], f"{what}_low": of["low"], f"{what}_high": of["high"]}
+                    rows.append(row)
+    return pd.DataFrame(rows)
+
+
+@cache
+def dyrate(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
+    """Trained predictors at their own mean retention: what they gain on a constant rate, of how much, in nats a token.
+
+    paper: whether the recipe is the paper's, with nothing changed but the budget.
+    """
+    rows = []
+    for lab in laboratories:
+        for ranking in lab.about["rankings"]:
+            for residency in LIBRARIES:
+                for recipe, found in captured(lab, ranking, residency).items():
+                    row = {"laboratory": label(lab), "ranking": ranking, "residency": residency, "recipe": recipe}
+                    row |= {"paper": bool(PAPER.fullmatch(recipe)), "retention": found["cost"]["value"]}
+                    row |= {what: found[what]["value"] for what in ("constant", "controller", BEST)}
+                    for what in ("headroom", "captured"):
+                        row |= {what: found[what]["value"]} | {f"{what}_{end}": found[what][end] for end in ("low", "high")}
+                    rows.append(row | {k: found["gain"][k] for k in ("value", "low", "high", "n", "seeds")})
+    return pd.DataFrame(rows, columns=None if rows else ["laboratory", "ranking", "residency", "recipe", "paper"])
+
+
+def at_hand(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
+    """Of `dyrate` what the figure of losses shows: FastV's ranking, evicted."""
+    table = dyrate(laboratories)
+    return table[(table.ranking == "FastV") & (table.residency == "evict")]
+
+
+@cache
+def scores(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
+    """`confirmed` of each laboratory and residency that has generated answers; empty without any."""
+    tables = []
+    for lab in laboratories:
+        for residency in LIBRARIES:
+            if list(lab.folder.glob(f"headroom_layer{lab.layer}_generated_{residency}.csv.gz")):
+                table = confirmed(generated(lab.folder, layer=lab.layer, residency=residency))
+                tables.append(table.assign(laboratory=label(lab), residency=residency))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def gains_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """`gains` for the page: a row for each laboratory, ranking and residency, a column for each policy."""
+    rows = table.assign(text=[_interval(row) for row in table.itertuples()], where=table.ranking + ", " + table.residency)
+    keys = ["laboratory", "where"]
+    shown = rows.pivot(index=keys, columns="policy", values="text")[list(GAINING)]
+    whole = rows.drop_duplicates(keys).set_index(keys)[["unpruned", "constant"]]
+    order = list(dict.fromkeys(zip(rows.laboratory, rows["where"], strict=True)))
+    return whole.join(shown).loc[order].reset_index().rename(columns={"where": "ranking, residency"})
+
+
+def units_shown(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
+    """The gains at equal cost in each unit, FastV's ranking, evicted: the budget is what the headline's constant rate costs."""
+    rows = []
+    for lab in laboratories:
+        for unit in UNITS:
+            budget = cost_of_constant(lab, "evict", BUDGET, unit)
+            found = at_budget(library(lab, "FastV", "evict", unit), budget)
+            row = {"laboratory": label(lab), "equal": UNIT_NAMES[unit], "share of the unpruned": budget}
+            rows.append(row | {policy: _interval(pd.Series(found[f"{policy}: gain"])) for policy in GAINING})
+    return pd.DataFrame(rows)
+
+
+def dyrate_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """`dyrate` for the page, FastV's ranking alone."""
+    if table.empty:
+        return pd.DataFrame({"laboratory": ["no predictor is trained for these models yet"]})
+    rows = table[table.ranking == "FastV"]
+    return pd.DataFrame({
+        "laboratory": rows.laboratory, "recipe": rows.recipe, "trainings": rows.seeds, "retention": rows.retention,
+        "constant": rows.constant, "DyRate": rows.controller, BEST: rows[BEST],
+        "gain on the constant": [_interval(row) for row in rows.itertuples()],
+        "captured headroom": [_percent(r.captured, r.captured_low, r.captured_high) for r in rows.itertuples()],
+    })  # fmt: skip
+
+
+def scores_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """`scores` for the page: the gain of each schedule in the score, and what it says."""
+    if table.empty:
+        return pd.DataFrame({"laboratory": ["no answers are generated yet"]})
+    rows = table[table.method != "constant"]
+    constant = table[table.method == "constant"].set_index(["laboratory", "residency", "budget"]).score
+    return pd.DataFrame({
+        "laboratory": rows.laboratory, "residency": rows.residency, "retention": rows.retention, "unpruned": rows.unpruned,
+        "constant": [constant[key] for key in zip(rows.laboratory, rows.residency, rows.budget, strict=True)],
+        "method": rows.method, "score": rows.score, "gain on the constant": [_interval(row) for row in rows.itertuples()],
+        "against the bound": [against_bound(row) for row in rows.to_dict("records")],
+    })  # fmt: skip
+
+
+def against_bound(gain: dict) -> str:
+    """What an interval in the score says about differences of at least `MATTERS`."""
+    if gain["low"] > MATTERS or gain["high"] < -MATTERS:
+        return "better" if gain["low"] > MATTERS else "worse"
+    return "equivalent" if gain["low"] > -MATTERS and gain["high"] < MATTERS else "undecided"
+
+
+def _interval(row) -> str:
+    return f"{row.value:+.3f} ({row.low:+.3f} to {row.high:+.3f})"
+
+
+def _percent(value: float, low: float, high: float) -> str:
+    return f"{100 * value:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def finding(laboratories: tuple[Measured, ...]) -> str:
+    """How much there is to gain, where most, what a schedule and the predictor's features get of it, and the paper's recipe."""
+    table = gains(laboratories)
+    headline = table[(table.ranking == "FastV") & (table.residency == "evict")].set_index(["laboratory", "policy"])
+    most = headline.xs(BEST, level="policy").value.idxmax()
+    best, parts = headline.loc[(most, BEST)], []
+    for policy in ("schedule", "schedule by task", "by features"):
+        row = headline.loc[(most, policy)]
+        parts.append(f"{SAID[policy]} captures {_percent(row.captured, row.captured_low, row.captured_high)}")
+    text = (
+        f"**At a mean retention of {100 * BUDGET:.0f} % a constant rate costs {best.constant - best.unpruned:.3f} nats a token "
+        f"on {most} (FastV's ranking, evicted; {best.constant:.3f} against {best.unpruned:.3f} unpruned), and the best "
+        f"trajectory for each answer, which knows the answer, would regain {best.value:.3f} ({best.low:.3f} to {best.high:.3f}), "
+        f"{_percent(best.share, best.share_low, best.share_high)} of that. Of this headroom {'; '.join(parts)}; "
+        f"{recipe_said(laboratories, most)}.**"
+    )
+    return f"{text} {elsewhere(table)} {score_said(laboratories)}"
+
+
+def recipe_said(laboratories: tuple[Measured, ...], name: str) -> str:
+    """What the paper's recipe, and the best other one, captures in a laboratory, in words."""
+    table = at_hand(laboratories)
+    rows = table[table.laboratory == name]
+    parts = []
+    for what, of in (
+        ("the paper's recipe", rows[rows.paper.astype(bool)]),
+        (f"the {BEST_OTHER}", rows[rows.recipe == BEST_OTHER]),
+    ):
+        if len(of):
+            row = of.loc[(of.retention - BUDGET).abs().idxmin()]
+            share = _percent(row.captured, row.captured_low, row.captured_high)
+            parts.append(f"{what} (at its own mean retention of {row.retention:.2f}) captures {share}")
+    return " and ".join(parts) or "no predictor is trained for this model yet"
+
+
+def elsewhere(table: pd.DataFrame) -> str:
+    """The headroom of every ranking, residency and laboratory, from most to least, in words."""
+    rows = table[table.policy == BEST].sort_values("value", ascending=False)
+    ends = [f"{row.value:.3f} ({row.low:.3f} to {row.high:.3f}) on {_where(row)}" for row in (rows.iloc[0], rows.iloc[-1])]
+    return f"Over all rankings and residencies the headroom runs from {ends[1]} to {ends[0]}, in nats a token."
+
+
+def _where(row) -> str:
+    return f"{row.laboratory} with {RANKING_NAMES[row.ranking]}, {'evicted' if row.residency == 'evict' else 're-selectable'}"
+
+
+def score_said(laboratories: tuple[Measured, ...]) -> str:
+    """Whether the headroom that a schedule reaches shows in generated answers, held against the bound that was set before."""
+    table = scores(laboratories)
+    if table.empty:
+        return "No answers have been generated under these schedules yet."
+    rows = table[(table.method != "constant") & (table.budget == BUDGET) & (table.residency == "evict")]
+    parts = [
+        f"{SAID[row['method']]} on {row['laboratory']} {_interval(pd.Series(row))} ({against_bound(row)})"
+        for row in rows.to_dict("records")
+    ]
+    said = f"In the score of generated answers, where {MATTERS:g} was set beforehand as the least that matters"
+    return f"{said}, against a constant rate: {'; '.join(parts)}."
+
+
+def record(chapter: Chapter, laboratories: tuple[Measured, ...]) -> None:
+    """The chapter's headline numbers, sentences and tables, and the protocol of what was measured."""
+    table = gains(laboratories)
+    tables = {"curves": losses(laboratories), "gains": table, "dyrate": dyrate(laboratories), "scores": scores(laboratories)}
+    for name, rows in tables.items():
+        if len(rows):
+            chapter.table(f"12_headroom_{name}.csv", rows)
+    for row in table[(table.ranking == "FastV") & (table.residency == "evict")].to_dict("records"):
+        key = f"{row['laboratory']} {row['policy']}".replace("-", "_").replace(" ", "_")
+        chapter.number(f"{key}_gain", row)
+    chapter.text("headroom_finding", finding(laboratories))
+    chapter.text("headroom_measured_on", measured_on(laboratories))
+    for lab in laboratories:
+        asked = examples(lab.about["source"], lab.about["n"], tasks=lab.about["tasks"])
+        chapter.protocol(asked, metric="teacher-forced loss (nats a token)")
+    if len(table := scores(laboratories)):
+        lab = next(lab for lab in laboratories if label(lab) == table.laboratory.iloc[0])
+        chapter.protocol(questions(lab, int(table.n.iloc[0]) // len(lab.about["tasks"])), max_new_tokens=MAX_NEW_TOKENS)
+    chapter.close()
+
+
+def measured_on(laboratories: tuple[Measured, ...]) -> str:
+    """Models, answers and device, in words."""
+    parts = [
+        f"{label(lab)} ({len(lab.answers)} reference answers to {lab.answers.task.nunique()} tasks, {lab.about['device']})"
+        for lab in laboratories
+    ]
+    return f"{'; '.join(parts)}; float32, unseen scenes"
