@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import explorer_page
 import model_matrix
 import nbformat
 import pandas as pd
@@ -72,6 +73,7 @@ def write_pages(executed: list[Path], repository: str | None) -> Path:
     (BOOK / "_finding.md").write_text(f":::{{div}} finding\n{finding_of(made[0][2])}\n:::\n{beside}")
     (BOOK / "_hero.md").write_text(hero(made))
     (BOOK / "models.md").write_text(model_matrix.page())
+    explorer_page.write_parts(BOOK)
     toc = BOOK / "_toc.generated.yml"
     toc.write_text(yaml.safe_dump(with_pages(yaml.safe_load((BOOK / "_toc.yml").read_text()), {p.stem for p in executed})))
     return toc
