@@ -13,26 +13,31 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
+from dyrate.atomic import write_whole
 from dyrate.strategies.controls import LinearAnneal, RandomPrune
 from study.book import ROOT, shown_table
-from study.explorer.stored import kept, read_laboratories, read_scene, slots_right
+from study.explorer.findings import LITTLE, by_group, seen_and_right
+from study.explorer.stored import kept, read_laboratories, read_scene
 from study.figures.masks import dimmed
-from study.intervals import bootstrap, verdict
+from study.intervals import bootstrap
 
 TRACES = ROOT / "data" / "explorer"
 SHOWN = "pocket-plain", "FastV 0.25"  # what the page opens with
 PRINTED = ("FastV", "RandomPrune"), (0.5, 0.25, 0.1)
-TENTH = 0.1  # the retention ratio of the sentences and the table
+TENTH = 0.1  # the retention ratio at which methods stand side by side
 GRID = 12  # image tokens in a row of the picture
 
 
 def write_parts(book: Path) -> None:
     """Write what explorer.md includes."""
-    table = slots_right(TRACES)
-    (book / "_explorer.html").write_text(explorer(read_laboratories(TRACES)))
-    (book / "_explorer_finding.md").write_text(finding(table) + "\n")
-    (book / "_explorer_table.md").write_text(by_method(table) + "\n")
-    (book / "_explorer_limits.md").write_text(limits(table) + "\n")
+    groups = by_group(TRACES)
+    seen = {name: seen_and_right(rows) for name, rows in groups.groupby("laboratory")}
+    write = {
+        "_explorer.html": explorer(read_laboratories(TRACES)), "_explorer_finding.md": finding(seen),
+        "_explorer_seen.md": seen_table(seen), "_explorer_methods.md": by_method(groups), "_explorer_limits.md": limits(groups),
+    }  # fmt: skip
+    for name, text in write.items():
+        write_whole(book / name, text + "\n")
 
 
 def explorer(laboratories: dict[str, dict]) -> str:
@@ -89,7 +94,7 @@ def _print(laboratory: str, scene: str) -> str:
         cells = []
         for ratio in ratios:
             answer = stored["answers"][f"{method} {ratio:g}"]
-            mask = kept(answer, GRID**2)[-1]
+            mask = kept(answer)[-1]
             alt = f"{method}, retention ratio {ratio:g}: {mask.sum()} of {mask.size} patches kept"
             source = _webp(dimmed(picture, mask.reshape(GRID, GRID)))
             cells.append(f'<td><img src="{source}" alt="{alt}" width="168"><p>{_marked(answer)}</p></td>')
@@ -116,33 +121,49 @@ def _webp(pixels) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def finding(table: pd.DataFrame) -> str:
-    """What FastV's ranking is worth on the laboratory that the page opens with, beside random pruning."""
-    name = SHOWN[0]
-    mine = table[table.laboratory == name].pivot(index="scene", columns="label", values="right")
-    mean = mine.mean()
-    fastv, at_random = f"FastV {TENTH:g}", f"RandomPrune {TENTH:g}"
-    apart = bootstrap(mine[fastv] - mine[at_random])
+def finding(seen: dict[str, dict]) -> str:
+    """What a kept patch is worth, in the laboratory that the page opens with."""
+    some, none, apart = (seen[SHOWN[0]][part] for part in ("some", "none", "apart"))
+    answer = "It describes what it still sees and guesses at the rest" if apart["low"] > 0 else "What it sees makes no difference"
     return (
-        f"**On the {len(mine)} scenes of this page, with {TENTH:.0%} of the image tokens kept, FastV {verdict(apart)} random "
-        f"pruning: {mean[fastv]:.2f} of the slots of {name}'s descriptions are right, {mean[at_random]:.2f} at random and "
-        f"{mean.Full:.2f} without pruning (difference from random {apart['value']:+.2f}, 95 % interval {apart['low']:+.2f} to "
-        f"{apart['high']:+.2f}).**"
+        f"**{answer}: of a group of things with at least one patch kept by random pruning, {SHOWN[0]} gets {some['value']:.2f} "
+        f"of the slots right, of one with none {none['value']:.2f} (difference {apart['value']:.2f}, 95 % interval "
+        f"{apart['low']:.2f} to {apart['high']:.2f}; retention ratios of {LITTLE:g} or less).**"
     )
 
 
-def by_method(table: pd.DataFrame) -> str:
-    """A table: the share of right slots of each method at a tenth of the tokens, by laboratory."""
-    rows = table[(table.retention == TENTH) | (table.method == "Full")]
-    means = {key: bootstrap(right) for key, right in rows.groupby(["method", "laboratory"], sort=False).right}
-    text = {key: f"{m['value']:.2f} ({m['low']:.2f} to {m['high']:.2f})" for key, m in means.items()}
+def seen_table(seen: dict[str, dict]) -> str:
+    """`seen_and_right` for each laboratory."""
+    rows = [
+        {"laboratory": name, "at least one patch kept": f"{_interval(x['some'])}, {x['some']['n']} groups",
+         "no patch kept": f"{_interval(x['none'])}, {x['none']['n']} groups", "difference": _interval(x["apart"])}
+        for name, x in seen.items()
+    ]  # fmt: skip
+    caption = (
+        "Share of a group's slots right by whether random pruning keeps any of its patches, at retention ratios of "
+        f"{LITTLE:g} or less, with 95 % intervals that resample scenes."
+    )
+    return str(shown_table(pd.DataFrame(rows), caption, "tab-explorer-seen").data)
+
+
+def by_method(groups: pd.DataFrame) -> str:
+    """The share of right slots of each method at a tenth of the tokens, by laboratory."""
+    rows = groups[(groups.retention == TENTH) | (groups.method == "Full")]
+    by_scene = rows.groupby(["method", "laboratory", "scene"], sort=False).right.mean()
+    text = {key: _interval(bootstrap(right)) for key, right in by_scene.groupby(level=[0, 1], sort=False)}
     shown = pd.Series(text).unstack(sort=False).rename_axis("method").reset_index()
-    n = table.scene.nunique()
-    caption = f"Share of slots right at a retention ratio of {TENTH:g}, with 95 % intervals over {n} scenes; Full prunes nothing."
-    return str(shown_table(shown, caption, "tab-explorer").data)
+    caption = (
+        f"Share of slots right at a retention ratio of {TENTH:g}, with 95 % intervals over {groups.scene.nunique()} scenes; Full "
+        "prunes nothing."
+    )
+    return str(shown_table(shown, caption, "tab-explorer-methods").data)
 
 
-def limits(table: pd.DataFrame) -> str:
+def _interval(mean: dict) -> str:
+    return f"{mean['value']:.2f} ({mean['low']:.2f} to {mean['high']:.2f})"
+
+
+def limits(groups: pd.DataFrame) -> str:
     """What the traces are, and what they are not."""
     laboratories = read_laboratories(TRACES)
     models = ", ".join(
@@ -151,10 +172,12 @@ def limits(table: pd.DataFrame) -> str:
     )
     about = laboratories[SHOWN[0]]
     return "\n\n".join([
-        f"The scenes are the first {table.scene.nunique()} of the test split, not chosen by what they show. The prompt is "
+        f"The scenes are the first {groups.scene.nunique()} of the test split, not chosen by what they show. The prompt is "
         f"“{about['prompt']}”, decoding is greedy, with at most {about['max_new_tokens']} tokens. Models: {models}. Random "
         f"pruning is one draw (seed {RandomPrune().seed}), and DyRate one training (seed 0), where a predictor was trained. So "
         "few scenes are for looking at: {ref}`chapter-laboratories` compares methods on more.",
+        "A group with more patches more often keeps one, and random pruning comes after the vision tower, which has mixed what "
+        "patches show: a patch that is dropped is not unseen. Of the groups without a kept patch some slots are right by chance.",
         "A group that an answer names twice is matched once: the words of the second mention are held against a group that "
         "was not named, and are right only where they happen to agree with it. VisionZip's tokens no longer hold what their "
         "patches show alone: some take up what resembles them, and one stands for the whole image. LinearAnneal's ratio is its "

@@ -149,7 +149,7 @@ const explorer = (() => {
     if (!image.complete) return image.addEventListener("load", show, { once: true });
     pen.globalAlpha = 1;
     pen.drawImage(image, 0, 0, canvas.width, canvas.height);
-    pen.globalAlpha = 0.88;
+    pen.globalAlpha = 0.8;
     pen.fillStyle = ink("--paper");
     kept.forEach((there, i) => there || pen.fillRect((i % SIDE) * size, Math.floor(i / SIDE) * size, size, size));
     canvas.dataset.kept = count(kept);

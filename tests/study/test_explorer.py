@@ -8,6 +8,7 @@ import shutil
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -19,8 +20,9 @@ from study.answers import Condition
 from study.chapters.masks import kept_by_token
 from study.examples import examples
 from study.explorer.__main__ import main
+from study.explorer.findings import by_group, seen_and_right
 from study.explorer.measure import METHODS, PRUNED_FROM, RETENTIONS, TASK, conditions, explored
-from study.explorer.stored import bits, kept, packed, read_laboratories, read_scene
+from study.explorer.stored import bits, kept, mask, packed, read_laboratories, read_scene
 from study.pocket.language import description
 from study.pocket.scenes import Group, Scene, compose, seeds
 from study.profiles import ROOT
@@ -77,7 +79,7 @@ def test_a_trace_holds_what_the_model_does(plain):
         assert [piece.strip() for piece in answer.pieces] == truth.tokens
         assert (answer.kept == truth.kept).all() and (answer.kept.sum(1) == 15).all()
         stored = json.loads(json.dumps(packed(answer)))
-        assert (kept(stored, 144) == truth.kept).all() and len(stored["kept"]) > 1
+        assert (kept(stored) == truth.kept).all() and len(stored["kept"]) > 1
 
 
 def test_shares_are_those_that_recording_finds(plain):
@@ -108,9 +110,12 @@ def test_prompts_of_different_lengths_are_refused(plain):
 
 
 def test_bits_by_hand():
-    mask = np.zeros(144, bool)
-    mask[[0, 9, 143]] = True
-    assert base64.b64decode(bits(mask)) == bytes([0b10000000, 0b01000000, *[0] * 15, 1])
+    some = np.zeros(144, bool)
+    some[[0, 9, 143]] = True
+    assert base64.b64decode(bits(some)) == bytes([0b10000000, 0b01000000, *[0] * 15, 1])
+    assert (mask(bits(some)) == some).all()
+    changing = {"pieces": list("abcd"), "kept": [[0, bits(~some)], [2, bits(some)]]}
+    assert (kept(changing) == [~some, ~some, some, some]).all()
 
 
 def test_methods_are_measured_one_by_one(tmp_path):
@@ -124,6 +129,28 @@ def test_methods_are_measured_one_by_one(tmp_path):
     assert list(after["answers"]) == ["Full", "DyRate evict-0.33-seed0"]
     with pytest.raises(ValueError, match="traces of other scenes"):
         main([*asked[:-2], "2", "--methods", "Full"])
+
+
+def test_groups_by_hand(tmp_path):
+    first = np.arange(144) < 10
+    answer = {"pieces": ["a", " sun"], "kept": [[0, bits(first)], [1, bits(~first)]]}
+    answer["marks"] = [[0, 1, 2, 1, 1], [1, 2, 0, 1, 0], [1, 2, 0, -1, 0]]
+    stored = {"groups": [{"patches": bits(np.arange(144) % 72 < 2)}, {"patches": bits(~first)}], "answers": {"x": answer}}
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "s.js").write_text(f"explorer.add({json.dumps(stored)});\n")
+    condition = {"label": "x", "method": "FastV", "retention": 0.1}
+    (tmp_path / "lab" / "about.json").write_text(json.dumps({"scenes": ["s"], "conditions": [condition]}))
+    found = by_group(tmp_path)
+    assert found[["group", "right", "patches", "seen"]].to_numpy().tolist() == [[0, 0, 4, 2], [1, 0.25, 134, 0]]
+
+
+def test_what_a_kept_patch_is_worth_by_hand():
+    groups = pd.DataFrame({"scene": list("aabbcc"), "method": "RandomPrune", "retention": 0.1, "seen": [2, 0] * 3,
+                           "right": [1, 0.5, 1, 0, 0.25, 0.25]})  # fmt: skip
+    other = groups.assign(method="FastV", right=0), groups.assign(retention=0.5, right=0)
+    found = seen_and_right(pd.concat([groups, *other]))
+    assert found["some"]["value"] == 0.75 and found["none"]["value"] == 0.25 and found["some"]["n"] == found["none"]["n"] == 3
+    assert found["apart"]["value"] == 0.5 and found["apart"]["low"] == 0 and found["apart"]["high"] == 1
 
 
 def test_the_committed_traces_are_whole_and_small():
@@ -144,7 +171,7 @@ def test_the_committed_traces_are_the_models(plain):
     ((measured, answers),) = explored(*plain, [condition("FastV", 0.25)], asked)
     for example, answer in zip(asked, answers, strict=True):
         stored = read_scene(TRACES / "pocket-plain" / f"{example.name}.js")["answers"][measured.label]
-        assert stored["pieces"] == answer.pieces and (kept(stored, 144) == answer.kept).all()
+        assert stored["pieces"] == answer.pieces and (kept(stored) == answer.kept).all()
 
 
 # -- the page -------------------------------------------------------------------------------------------------------------
@@ -190,7 +217,7 @@ def trace(laboratory: str, number: int) -> dict:
 
 def expected(stored: dict, label: str, step: int) -> tuple[int, str]:
     answer = stored["answers"][label]
-    return int(kept(answer, 144)[step].sum()), "".join(answer["pieces"]).strip()
+    return int(kept(answer)[step].sum()), "".join(answer["pieces"]).strip()
 
 
 def shown(browser) -> tuple[int, str]:
@@ -251,8 +278,8 @@ def test_a_touched_word_says_what_it_is(browser):
     assert said.startswith(f"Token {token + 1} of") and said.endswith(
         f"Object wrong: the picture shows {stored['groups'][group]['thing']}."
     )
-    patches = kept({"pieces": [""], "kept": [[0, stored["groups"][group]["patches"]]]}, 144)[0]
-    there = int((patches & kept(answer, 144)[token]).sum())
+    patches = mask(stored["groups"][group]["patches"])
+    there = int((patches & kept(answer)[token]).sum())
     assert f"{there} of the {patches.sum()} that show {stored['groups'][group]['text']} (outlined)" in said
 
 

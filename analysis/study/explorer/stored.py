@@ -13,7 +13,6 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from dyrate.atomic import write_whole
 from dyrate.data import Examples
@@ -87,12 +86,16 @@ def bits(mask: np.ndarray) -> str:
     return base64.b64encode(np.packbits(mask).tobytes()).decode()
 
 
-def kept(answer: dict, n_image: int) -> np.ndarray:
+def mask(text: str) -> np.ndarray:
+    """What `bits` packed; a picture's image tokens are a multiple of eight."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8)).astype(bool)
+
+
+def kept(answer: dict) -> np.ndarray:
     """The image tokens that a stored answer keeps, (step, image token)."""
-    masks = np.zeros((len(answer["pieces"]), n_image), bool)
-    for step, text in answer["kept"]:
-        masks[step:] = np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8))[:n_image].astype(bool)
-    return masks
+    changes = [mask(text) for _, text in answer["kept"]]
+    which = np.searchsorted([step for step, _ in answer["kept"]], np.arange(len(answer["pieces"])), "right") - 1
+    return np.stack(changes)[which]
 
 
 def read_scene(path: Path) -> dict:
@@ -103,17 +106,3 @@ def read_scene(path: Path) -> dict:
 def read_laboratories(folder: Path) -> dict[str, dict]:
     """What is known of each laboratory below a folder, by its name."""
     return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/about.json"))}
-
-
-def slots_right(folder: Path) -> pd.DataFrame:
-    """One row for each laboratory, scene and condition: the share of slots that the answer gets right."""
-    rows = []
-    for name, about in read_laboratories(folder).items():
-        for scene in about["scenes"]:
-            stored = read_scene(folder / name / f"{scene}.js")
-            n_slots = len(SLOTS) * len(stored["groups"])
-            for condition in about["conditions"]:
-                answer = stored["answers"][condition["label"]]
-                right = sum(mark[-1] for mark in answer["marks"]) / n_slots
-                rows.append({"laboratory": name, "scene": scene, **condition, "right": right})
-    return pd.DataFrame(rows)
