@@ -124,7 +124,7 @@ def _webp(pixels) -> str:
 def finding(seen: dict[str, dict]) -> str:
     """What a kept patch is worth, in the laboratory that the page opens with."""
     some, none, apart = (seen[SHOWN[0]][part] for part in ("some", "none", "apart"))
-    answer = "It describes what it still sees and guesses at the rest" if apart["low"] > 0 else "What it sees makes no difference"
+    answer = "It describes best what it still sees" if apart["low"] > 0 else "What it still sees makes no difference"
     return (
         f"**{answer}: of a group of things with at least one patch kept by random pruning, {SHOWN[0]} gets {some['value']:.2f} "
         f"of the slots right, of one with none {none['value']:.2f} (difference {apart['value']:.2f}, 95 % interval "
@@ -176,8 +176,9 @@ def limits(groups: pd.DataFrame) -> str:
         f"“{about['prompt']}”, decoding is greedy, with at most {about['max_new_tokens']} tokens. Models: {models}. Random "
         f"pruning is one draw (seed {RandomPrune().seed}), and DyRate one training (seed 0), where a predictor was trained. So "
         "few scenes are for looking at: {ref}`chapter-laboratories` compares methods on more.",
-        "A group with more patches more often keeps one, and random pruning comes after the vision tower, which has mixed what "
-        "patches show: a patch that is dropped is not unseen. Of the groups without a kept patch some slots are right by chance.",
+        "A dropped patch is not unseen: the vision tower has mixed what patches show, and all methods but VisionZip let the "
+        "first layers of the decoder see every image token. Of a group without a kept patch some slots are right by chance, too. "
+        "A group with many patches keeps one more often than a small one.",
         "A group that an answer names twice is matched once: the words of the second mention are held against a group that "
         "was not named, and are right only where they happen to agree with it. VisionZip's tokens no longer hold what their "
         "patches show alone: some take up what resembles them, and one stands for the whole image. LinearAnneal's ratio is its "
