@@ -13,7 +13,6 @@ const explorer = (() => {
   const add = (one) => traces.set(`${one.laboratory}/${one.scene}`, one);
   const part = (name) => box.querySelector(`[data-part="${name}"]`);
   const step = () => Number(form.step.value);
-  const percent = (share) => `${Math.round(100 * share)} %`;
 
   // -- a trace ---------------------------------------------------------------------------------------------------------
 
@@ -72,7 +71,7 @@ const explorer = (() => {
     answer.keptAt = keptAt(answer);
     answer.slots = markedTokens(answer);
     form.step.max = answer.pieces.length - 1;
-    part("picture").setAttribute("aria-label", `${trace.groups.map((g) => `${g.text}, ${g.place}`).join("; ")}`);
+    part("picture").setAttribute("aria-label", trace.groups.map((group) => `${group.text}, ${group.place}`).join("; "));
     write("unpruned", trace.answers.Full);
     write("pruned", answer);
     part("method").textContent = answer.label;
@@ -107,17 +106,17 @@ const explorer = (() => {
 
   // -- what is shown ---------------------------------------------------------------------------------------------------
 
-  function write(name, { pieces, ...rest }) {
-    const line = part(name), slots = markedTokens({ pieces, ...rest });
+  function write(name, one) {
+    const line = part(name), slots = markedTokens(one);
     line.replaceChildren();
-    pieces.forEach((piece, i) => {
+    one.pieces.forEach((piece, i) => {
       const word = document.createElement(slots[i] ? "mark" : "span");
       word.textContent = piece.trim();
       word.dataset.step = i;
       if (slots[i]) word.className = slots[i].right ? "right" : "wrong";
       line.append(piece.match(/^\s*/)[0], word);
     });
-    part(`${name}-right`).textContent = `${slotsRight(rest)} of ${slotsShown()} slots right`;
+    part(`${name}-right`).textContent = `${slotsRight(one)} of ${slotsShown()} slots right`;
   }
 
   function show() {
@@ -183,19 +182,21 @@ const explorer = (() => {
     const full = trace.answers.Full, steps = Math.max(answer.pieces.length, full.pieces.length);
     const lines = sharesOf(answer).map((values, i) => ({ label: SEGMENTS[i], values, colour: ink(`--${SEGMENTS[i]}`) }));
     lines.push({ label: "image, unpruned", values: sharesOf(full)[1], colour: ink("--image"), dash: [3, 4] });
-    const retention = { label: "retention ratio", values: answer.keptAt.map((kept) => count(kept) / SIDE ** 2), colour: ink("--kept") };
-    plots.push(chart(part("retention"), "retention ratio", steps, [retention]));
+    const ratios = answer.keptAt.map((kept) => count(kept) / SIDE ** 2);
+    plots.push(chart(part("retention"), "retention ratio", steps, [{ values: ratios, colour: ink("--kept") }]));
     plots.push(chart(part("shares"), "share of attention", steps, lines));
   }
 
   function chart(host, label, steps, lines) {
-    const axis = { stroke: ink("--ink"), grid: { stroke: ink("--rule"), width: 1 }, ticks: { stroke: ink("--rule") }, font: "12px sans-serif" };
+    const font = "12px sans-serif", rule = { stroke: ink("--rule"), width: 1 };
+    const axis = { stroke: ink("--ink"), grid: rule, ticks: rule, font, labelFont: font, labelSize: 18 };
     const value = (_, number) => (number == null ? "–" : number.toFixed(2));
-    const series = lines.map((line) => ({ label: line.label, stroke: line.colour, width: 2, dash: line.dash, points: { show: false }, value }));
+    const style = { width: 2, points: { show: false }, value };
+    const series = lines.map((line) => ({ ...style, label: line.label, stroke: line.colour, dash: line.dash }));
     const options = {
       width: host.clientWidth, height: 150, padding: [8, 8, 0, 0],
       scales: { x: { time: false }, y: { range: [0, 1] } },
-      axes: [{ ...axis, label: "token", labelSize: 18, size: 26, labelFont: axis.font }, { ...axis, label, labelSize: 18, size: 36, labelFont: axis.font }],
+      axes: [{ ...axis, label: "token", size: 26 }, { ...axis, label, size: 36 }],
       series: [{}, ...series],
       legend: { show: lines.length > 1 },
       cursor: { y: false, drag: { x: false, y: false }, bind: { mousemove: () => null, mouseleave: () => null } },
