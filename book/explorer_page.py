@@ -31,7 +31,8 @@ GRID = 12  # image tokens in a row of the picture
 def write_parts(book: Path) -> None:
     """Write what explorer.md includes."""
     groups = by_group(TRACES)
-    seen = {name: seen_and_right(rows) for name, rows in groups.groupby("laboratory")}
+    pruned_at_random = groups[groups.method == "RandomPrune"]
+    seen = {name: seen_and_right(rows) for name, rows in pruned_at_random.groupby("laboratory")}
     write = {
         "_explorer.html": explorer(read_laboratories(TRACES)), "_explorer_finding.md": finding(seen),
         "_explorer_seen.md": seen_table(seen), "_explorer_methods.md": by_method(groups), "_explorer_limits.md": limits(groups),

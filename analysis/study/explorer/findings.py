@@ -42,7 +42,8 @@ def seen_and_right(groups: pd.DataFrame) -> dict[str, dict]:
     """
     rows = groups[(groups.method == "RandomPrune") & (groups.retention <= LITTLE)]
     sums = rows.assign(some=rows.seen > 0).groupby(["scene", "some"]).right.agg(["sum", "size"]).unstack(fill_value=0)
-    sums = sums[[("sum", True), ("size", True), ("sum", False), ("size", False)]].to_numpy(float)
+    columns = [(part, some) for some in (True, False) for part in ("sum", "size")]
+    sums = sums.reindex(columns=columns, fill_value=0).to_numpy(float)
 
     def shares(x, axis):
         right_some, n_some, right_none, n_none = x.sum(axis)
