@@ -4,6 +4,7 @@
 "use strict";
 const explorer = (() => {
   const SIDE = 12; // image tokens in a row of the picture, and rows
+  const HEIGHT = 150; // of a chart, in pixels
   const SEGMENTS = ["system", "image", "instruction", "response"];
   const SLOTS = { thing: "object", colour: "colour", count: "count", place: "place" };
   const COUNTS = ["one", "two", "three"];
@@ -194,7 +195,7 @@ const explorer = (() => {
     const style = { width: 2, points: { show: false }, value };
     const series = lines.map((line) => ({ ...style, label: line.label, stroke: line.colour, dash: line.dash }));
     const options = {
-      width: host.clientWidth, height: 150, padding: [8, 8, 0, 0],
+      width: host.clientWidth, height: HEIGHT, padding: [8, 8, 0, 0],
       scales: { x: { time: false }, y: { range: [0, 1] } },
       axes: [{ ...axis, label: "token", size: 26 }, { ...axis, label, size: 36 }],
       series: [{}, ...series],
@@ -207,6 +208,11 @@ const explorer = (() => {
     u.over.addEventListener("pointerdown", go);
     u.over.addEventListener("pointermove", go);
     return u;
+  }
+
+  function fit() {
+    for (const u of plots) u.setSize({ width: u.root.parentNode.clientWidth, height: HEIGHT });
+    if (plots.length) show(); // a chart that was resized has lost its cursor
   }
 
   function to(t) {
@@ -224,7 +230,7 @@ const explorer = (() => {
     form.addEventListener("keydown", move);
     form.step.addEventListener("input", show);
     part("pruned").addEventListener("click", ({ target }) => target.dataset.step && to(target.dataset.step));
-    new ResizeObserver(() => plots.forEach((u) => u.setSize({ width: u.root.parentNode.clientWidth, height: 150 }))).observe(box);
+    new ResizeObserver(fit).observe(box);
     new MutationObserver(() => trace && (plot(), show())).observe(document.documentElement, { attributeFilter: ["data-theme"] });
     choose();
   }

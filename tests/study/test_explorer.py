@@ -290,6 +290,10 @@ def test_charts_follow_the_theme_and_lead_to_a_token(browser):
     browser.touch(".u-over")
     steps = len(trace("pocket-plain", 0)["answers"]["FastV 0.25"]["pieces"])
     browser.wait(f"Math.abs(document.querySelector('[name=step]').value - {steps / 2}) < 3")
+    values, chart = (f"document.querySelector('{name}')" for name in (".u-legend", ".uplot canvas"))
+    before, width = browser.value(f"{values}.textContent"), browser.value(f"{chart}.offsetWidth")
+    browser.value("document.querySelector('.explorer').style.width = '300px'")
+    browser.wait(f"{chart}.offsetWidth < {width} && {values}.textContent === {json.dumps(before)}")
 
 
 def test_paper_has_pictures_in_its_place(browser):
