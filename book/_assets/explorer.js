@@ -132,7 +132,7 @@ const explorer = (() => {
     if (slot) said += ` ${verdict(slot)}`;
     part("said").textContent = said;
     for (const word of part("pruned").children) word.classList.toggle("now", Number(word.dataset.step) === t);
-    for (const u of plots) u.setCursor({ left: u.valToPos(t + 1, "x"), top: 0 });
+    plots.forEach(point);
   }
 
   function verdict({ slot, group, right }) {
@@ -200,6 +200,7 @@ const explorer = (() => {
       axes: [{ ...axis, label: "token", size: 26 }, { ...axis, label, size: 36 }],
       series: [{}, ...series],
       legend: { show: lines.length > 1 },
+      hooks: { ready: [point], setSize: [point] },
       cursor: { y: false, drag: { x: false, y: false }, bind: { mousemove: () => null, mouseleave: () => null } },
     };
     const columns = lines.map(({ values }) => [...values, ...Array(steps - values.length).fill(null)]);
@@ -212,7 +213,11 @@ const explorer = (() => {
 
   function fit() {
     for (const u of plots) u.setSize({ width: u.root.parentNode.clientWidth, height: HEIGHT });
-    if (plots.length) show(); // a chart that was resized has lost its cursor
+  }
+
+  // The cursor stands at the step; a new or resized chart has a place for it only once it is drawn.
+  function point(u) {
+    u.setCursor({ left: u.valToPos(step() + 1, "x"), top: 0 });
   }
 
   function to(t) {
