@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 
 import numpy as np
@@ -12,9 +13,10 @@ from dyrate.data import Example, Examples
 from study.caption_metrics import caption_scores, cider, tokenize_captions
 from study.examples import SceneExample
 from study.intervals import bootstrap
-from study.pocket.language import read_description
-from study.pocket.scenes import Scene
+from study.pocket.language import find_groups, read_description
+from study.pocket.scenes import Group, Scene
 
+SLOTS = ("thing", "colour", "count", "place")  # of each group of a scene
 CONDITION = ["label", "method", "budget", "seed"]  # what tells conditions apart in a table
 
 
@@ -65,18 +67,53 @@ def slot_scores(scene: Scene, text: str) -> np.ndarray:
     Each group of the scene is matched to the not yet matched group of the text that shares most slots with it, best
     matches first; a group that the text leaves out has every slot wrong.
     """
-    shown = [(g.thing, g.colour, g.count, g.place) for g in scene.groups]
-    named = [(g["thing"], g["colour"], g["count"], g["place"]) for g in read_description(text)]
-    agree = [[np.array([a == b for a, b in zip(s, n, strict=True)], float) for n in named] for s in shown]
-    pairs = [(i, j) for i in range(len(shown)) for j in range(len(named))]
-    right = np.zeros((len(shown), 4))
-    matched_shown, matched_named = set(), set()
-    for i, j in sorted(pairs, key=lambda pair: -agree[pair[0]][pair[1]].sum()):  # stable: of equal matches the first
-        if i not in matched_shown and j not in matched_named:
-            right[i] = agree[i][j]
-            matched_shown.add(i)
-            matched_named.add(j)
+    named = read_description(text)
+    right = np.zeros((len(scene.groups), len(SLOTS)))
+    for i, j in _matched(scene, named):
+        right[i] = _agree(scene.groups[i], named[j])
     return right
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A word of a description that `slot_scores` judges: characters start to end.
+
+    slot: one of SLOTS. group: which of the scene's is meant; None where all of them are taken by other groups of the text.
+    """
+
+    start: int
+    end: int
+    slot: str
+    group: int | None
+    right: bool
+
+
+def marked(scene: Scene, text: str) -> list[Mark]:
+    """The words that fill a slot, right or wrong, in the text's order. Right ones are as many as `slot_scores` counts."""
+    named = find_groups(text)
+    meant = {j: i for i, j in _matched(scene, [group for group, _ in named])}
+    marks = []
+    for j, (group, spans) in enumerate(named):
+        i = meant.get(j)
+        right = np.zeros(len(SLOTS)) if i is None else _agree(scene.groups[i], group)
+        marks += [Mark(*spans[slot], slot, i, bool(ok)) for slot, ok in zip(SLOTS, right, strict=True) if slot in spans]
+    return sorted(marks, key=lambda mark: mark.start)
+
+
+def _matched(scene: Scene, named: list[dict]) -> list[tuple[int, int]]:
+    """Pairs of a group of the scene and the group of the text that is taken for it."""
+    agree = np.array([[_agree(group, other).sum() for other in named] for group in scene.groups])
+    pairs, taken, used = [], set(), set()
+    for i, j in sorted(np.ndindex(len(scene.groups), len(named)), key=lambda pair: -agree[pair]):  # stable: of equals the first
+        if i not in taken and j not in used:
+            pairs.append((i, j))
+            taken.add(i)
+            used.add(j)
+    return pairs
+
+
+def _agree(group: Group, named: dict) -> np.ndarray:
+    return np.array([getattr(group, slot) == named[slot] for slot in SLOTS], float)
 
 
 def _invented(scene: Scene, text: str) -> float:

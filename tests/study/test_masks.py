@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 
 import numpy as np
@@ -10,14 +9,13 @@ import pytest
 from PIL import Image
 
 import dyrate
+from browser import BROWSER
 from study.book import Chapter
 from study.chapters import masks
 from study.examples import examples
 from study.figures.masks import kept_patches
 from study.figures.slider import kept_slider
 from study.profiles import NOTEBOOKS, defaults
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def answer(shown):

@@ -14,10 +14,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from browser import BROWSER
 from study import runner
 from study.profiles import NOTEBOOKS, ROOT, parameters_of, read_profile
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -303,7 +302,7 @@ def test_the_browser_test_can_fail(tmp_path):
     assert "https://example.org/a.png" in complaints
 
 
-@pytest.mark.parametrize("page", ["index.html", "analysis/01_attention.html", "made.html"])
+@pytest.mark.parametrize("page", ["index.html", "analysis/01_attention.html", "explorer.html", "made.html"])
 def test_pages_in_a_browser(book, page, tmp_path):
     content, complaints = open_page(book / page, tmp_path / "profile")
     assert not complaints, "\n".join(complaints)

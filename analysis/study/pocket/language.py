@@ -293,17 +293,27 @@ def read_description(text: str) -> list[dict]:
 
     Each place belongs to the group beside it in the same clause: "on the left is a cup", "a cup is on the left".
     """
-    named = []
-    for sentence in re.split(r"[.:]", text):
-        groups, places = list(_GROUP.finditer(sentence)), list(_PLACE.finditer(sentence))
+    return [group for group, _ in find_groups(text)]
+
+
+def find_groups(text: str) -> list[tuple[dict, dict]]:
+    """`read_description`'s groups, each with where the words of its slots stand: slot -> (first, behind the last) character."""
+    found = []
+    for sentence in re.finditer(r"[^.:]+", text):
+        groups = list(_GROUP.finditer(text, *sentence.span()))
+        places = list(_PLACE.finditer(text, *sentence.span()))
         for i, match in enumerate(groups):
-            place = places[i].group(1).lower() if i < len(places) else None
+            spans = {"count": match.span(1), "colour": match.span(2), "thing": match.span(3)}
+            place = None
+            if i < len(places):
+                place, spans["place"] = places[i].group(1).lower(), places[i].span(1)
             count = {"two": 2, "three": 3}.get(match.group(1).lower(), 1)
-            named.append({
+            group = {
                 "thing": _THING[match.group(3).lower()], "colour": match.group(2).lower(), "count": count,
                 "place": None if place is None else PLACES.index({"middle": "centre"}.get(place, place)),
-            })  # fmt: skip
-    return named
+            }  # fmt: skip
+            found.append((group, spans))
+    return found
 
 
 def vocabulary() -> list[str]:
