@@ -20,7 +20,7 @@ from study.book import ROOT, Chapter
 from study.importance import EARLY, RANKINGS
 from study.intervals import bootstrap
 
-LABORATORIES = ("pocket-dropped", "pocket-plain", "smol")
+LABORATORIES = ("pocket-plain", "smol")  # pocket-dropped has no rows of this yet
 ATTENTION = {
     "prefill": "attention as the prompt ends", "each step": "attention summed over the steps",
     "one step": "attention of one step, with what it reads",

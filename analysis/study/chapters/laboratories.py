@@ -202,7 +202,7 @@ def verdicts(laboratories: tuple[Laboratory, ...]) -> pd.DataFrame:
             {"finding": "Dropped tokens re-selectable (FastVRerank) against evicted (FastV)", "laboratory": lab.name,
              "text": _said(lab.difference("methods", TASK, *late))},
             {"finding": "DyRate against the constant rate of its own mean retention", "laboratory": lab.name,
-             "text": _said(compared.loc[TASK]) if len(compared := dynamic(lab).set_index("task")) else "no predictor trained"},
+             "text": _said(compared.loc[TASK]) if len(compared := dynamic(lab).set_index("task")) else "not measured"},
             {"finding": "Attention to the image, last third of an answer against the first (deep layers)", "laboratory": lab.name,
              "text": "; ".join(f"{m.replace('_', ' ')} {_percent(changes.loc[m])}" for m in MEASURES)},
         ]  # fmt: skip
@@ -254,7 +254,7 @@ def dynamic_said(laboratories: tuple[Laboratory, ...]) -> str:
         for _, row in dynamic(lab).iterrows():
             shares = f"{row.DyRate:.2f} and {row.constant:.2f} at a retention ratio of {row.retention:.2f}"
             parts.append(f"{lab.name}, {row.task.removeprefix('qa_').replace('_', ' ')}: {_said(row)}, {shares}")
-    return "; ".join(parts) or "no predictor is trained for these models yet"
+    return "; ".join(parts) or "not measured on these models yet"
 
 
 def confound(laboratories: tuple[Laboratory, ...]) -> str:
