@@ -157,11 +157,13 @@ def test_the_committed_traces_are_whole_and_small():
     for name, about in read_laboratories(TRACES).items():
         assert len(about["scenes"]) >= 12
         wanted = {c.label for c in conditions(about["layers"], ROOT / "data" / name / "dyrate")}
-        assert {f"{m} {x:g}" for m in METHODS for x in RETENTIONS} < wanted
+        methods = {f"{m} {x:g}" for m in METHODS for x in RETENTIONS}
+        assert methods < wanted
         files = [TRACES / name / f"{scene}.js" for scene in about["scenes"]]
         assert sum(file.stat().st_size for file in files) < 1_000_000
         for file in files:
-            assert set(read_scene(file)["answers"]) == wanted
+            stored = set(read_scene(file)["answers"])
+            assert methods < stored <= wanted  # a predictor may be younger than the traces
             assert (TRACES / "scenes" / f"{file.stem}.webp").stat().st_size < 20_000
 
 

@@ -226,7 +226,11 @@ def _counted(rows: pd.DataFrame, name: str) -> str:
 
 def record(chapter: Chapter, rows: pd.DataFrame) -> None:
     """The chapter's headline numbers and sentences, from the rows of its main task."""
-    chapter.text("ablations_finding", finding(summary(rows)))
+    table = summary(rows)
+    chapter.text("ablations_finding", finding(table))
+    lines = once(table[table.group != CONSTANT])
+    chapter.number("lines_better", (lines.over_all_low > 0).sum())
+    chapter.number("lines_worse", (lines.over_all_high < 0).sum())
     pairs = {"fixed_minus_depth": ("FixedPrune", "DepthPrune"), "top_k_minus_greedy": ("top-k 6", "greedy")}
     for key, (one, other) in pairs.items():
         if measured := difference(rows, one, other):
