@@ -19,7 +19,7 @@ from study.book import ROOT, shown_table
 from study.explorer.findings import LITTLE, by_group, seen_and_right
 from study.explorer.stored import kept, read_laboratories, read_scene
 from study.figures.masks import dimmed
-from study.intervals import bootstrap
+from study.intervals import bootstrap, in_words
 
 TRACES = ROOT / "data" / "explorer"
 SHOWN = "pocket-plain", "FastV 0.25"  # what the page opens with
@@ -136,8 +136,8 @@ def finding(seen: dict[str, dict]) -> str:
 def seen_table(seen: dict[str, dict]) -> str:
     """`seen_and_right` for each laboratory."""
     rows = [
-        {"laboratory": name, "at least one patch kept": f"{_interval(x['some'])}, {x['some']['n']} groups",
-         "no patch kept": f"{_interval(x['none'])}, {x['none']['n']} groups", "difference": _interval(x["apart"])}
+        {"laboratory": name, "at least one patch kept": f"{in_words(x['some'])}, {x['some']['n']} groups",
+         "no patch kept": f"{in_words(x['none'])}, {x['none']['n']} groups", "difference": in_words(x["apart"])}
         for name, x in seen.items()
     ]  # fmt: skip
     caption = (
@@ -151,17 +151,13 @@ def by_method(groups: pd.DataFrame) -> str:
     """The share of right slots of each method at a tenth of the tokens, by laboratory."""
     rows = groups[(groups.retention == TENTH) | (groups.method == "Full")]
     by_scene = rows.groupby(["method", "laboratory", "scene"], sort=False).right.mean()
-    text = {key: _interval(bootstrap(right)) for key, right in by_scene.groupby(level=[0, 1], sort=False)}
+    text = {key: in_words(bootstrap(right)) for key, right in by_scene.groupby(level=[0, 1], sort=False)}
     shown = pd.Series(text).unstack(sort=False).rename_axis("method").reset_index()
     caption = (
         f"Share of slots right at a retention ratio of {TENTH:g}, with 95 % intervals over {groups.scene.nunique()} scenes; Full "
         "prunes nothing."
     )
     return str(shown_table(shown, caption, "tab-explorer-methods").data)
-
-
-def _interval(mean: dict) -> str:
-    return f"{mean['value']:.2f} ({mean['low']:.2f} to {mean['high']:.2f})"
 
 
 def limits(groups: pd.DataFrame) -> str:

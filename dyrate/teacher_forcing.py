@@ -164,6 +164,24 @@ def without_unseen(
     return shorter, masks * seen[:, None]
 
 
+def token_losses(
+    model, predictor: RatePredictor, prepared: Prepared, masks: Float[Tensor, "batch step image_token"],
+    checkpointing: bool = False,
+) -> Float[Tensor, "batch step"]:  # fmt: skip
+    """Cross-entropy of each answer token in nats, 0 after the end, each step seeing image tokens through its mask in [0, 1]."""
+    logits = masked_logits(model, predictor, prepared, masks, checkpointing).float()
+    return F.cross_entropy(logits.transpose(1, 2), prepared.labels, ignore_index=IGNORE, reduction="none")
+
+
+def answer_losses(
+    model, predictor: RatePredictor, prepared: Prepared, choice: Float[Tensor, "batch step rate"],
+    checkpointing: bool = False,
+) -> Float[Tensor, " batch"]:  # fmt: skip
+    """Loss of each answer in nats a token under one-hot choices of rates; gradients reach the choices."""
+    masks = masks_over_steps(choice, prepared, predictor.residency, predictor.delay)
+    return token_losses(model, predictor, prepared, masks, checkpointing).sum(1) / prepared.valid.sum(1)
+
+
 @torch.no_grad()
 def unpruned_logits(model, predictor: RatePredictor, prepared: Prepared) -> Float[Tensor, "batch step vocabulary"]:
     """Logits of the answer where every step sees every image token."""
@@ -218,12 +236,6 @@ def predicted_by_gradient(
     here, n_rates = _nearest(predictor, rate), len(predictor.rates)
     others = np.unique(np.linspace(0, n_rates - 1, n_shown).round().astype(int))
 
-    def losses(prepared, choice):
-        masks = masks_over_steps(choice, prepared, predictor.residency, predictor.delay)
-        logits = masked_logits(model, predictor, prepared, masks, checkpointing).float()
-        losses = F.cross_entropy(logits.transpose(1, 2), prepared.labels, ignore_index=IGNORE, reduction="none")
-        return losses.sum(1) / prepared.valid.sum(1)
-
     def constant(prepared, index):
         return F.one_hot(torch.full_like(prepared.labels, index), n_rates).float()
 
@@ -231,11 +243,11 @@ def predicted_by_gradient(
     for prepared in batches:
         choice = constant(prepared, here).requires_grad_()
         with frozen(model):
-            start = losses(prepared, choice)
+            start = answer_losses(model, predictor, prepared, choice, checkpointing)
             (gradient,) = torch.autograd.grad(start.sum(), choice)
         for index in others:
             with torch.no_grad():
-                measured = losses(prepared, constant(prepared, index))
+                measured = answer_losses(model, predictor, prepared, constant(prepared, index), checkpointing)
             predicted = start.detach() + (gradient[..., index] - gradient[..., here]).sum(1)
             rows += [
                 {"task": task, "rate": float(predictor.rates[index]), "loss": float(a), "predicted": float(b)}

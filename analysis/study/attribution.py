@@ -10,27 +10,18 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from dyrate.predictor import RatePredictor
-from dyrate.teacher_forcing import IGNORE, Prepared, frozen, masked_logits
+from dyrate.teacher_forcing import Prepared, frozen, token_losses
 
 NODES = 12  # points of the path
 
 
-def pruned_from(model, layer: int) -> RatePredictor:
-    """A predictor that only says from which layer on (1 or later) tokens are missing: `prepare` and `losses` take it."""
+def pruned_from(model, layer: int, **grid) -> RatePredictor:
+    """A predictor that only says from which layer on (1 or later) tokens are missing: `prepare` and `token_losses` take it."""
     text = model.config.get_text_config()
-    settings = {"first_pruned_layer": layer}
+    settings = {"first_pruned_layer": layer} | grid
     return RatePredictor(text.num_attention_heads, text.num_hidden_layers, model.config.model_type, **settings).to(model.device)
-
-
-def losses(
-    model, place: RatePredictor, prepared: Prepared, masks: Float[Tensor, "batch step image_token"]
-) -> Float[Tensor, "batch step"]:
-    """Cross-entropy of each answer token in nats, 0 after the end, each step reading image tokens through its mask in [0, 1]."""
-    logits = masked_logits(model, place, prepared, masks).float()
-    return F.cross_entropy(logits.transpose(1, 2), prepared.labels, ignore_index=IGNORE, reduction="none")
 
 
 def every_token(prepared: Prepared) -> Float[Tensor, "batch step image_token"]:
@@ -62,7 +53,7 @@ def integrated_gradients(
     with frozen(model):
         for m, weight in path(nodes):
             masks = (m * whole).requires_grad_()
-            (gradient,) = torch.autograd.grad(losses(model, place, prepared, masks).sum(), masks)
+            (gradient,) = torch.autograd.grad(token_losses(model, place, prepared, masks).sum(), masks)
             total += weight * gradient
     return -total * whole
 
@@ -73,4 +64,4 @@ def left_out(
 ) -> Float[Tensor, "batch step"]:
     """By how much the loss of each answer token grows, in nats, when no step sees these image tokens."""
     whole = every_token(prepared)
-    return losses(model, place, prepared, whole * ~tokens[:, None]) - losses(model, place, prepared, whole)
+    return token_losses(model, place, prepared, whole * ~tokens[:, None]) - token_losses(model, place, prepared, whole)

@@ -11,15 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dyrate.predictor import BELL, RatePredictor
-from dyrate.teacher_forcing import IGNORE, Prepared, frozen, masked_logits, masks_over_steps
-
-
-def losses_under(model, predictor: RatePredictor, prepared: Prepared, choice: Tensor) -> Float[Tensor, " batch"]:
-    """Loss of each answer in nats a token under one-hot choices of rates, (batch, step, rate)."""
-    masks = masks_over_steps(choice, prepared, predictor.residency, predictor.delay)
-    logits = masked_logits(model, predictor, prepared, masks).float()
-    losses = F.cross_entropy(logits.transpose(1, 2), prepared.labels, ignore_index=IGNORE, reduction="none")
-    return losses.sum(1) / prepared.valid.sum(1)
+from dyrate.teacher_forcing import Prepared, answer_losses, frozen
 
 
 def gradient_of_choices(
@@ -28,7 +20,7 @@ def gradient_of_choices(
     """The straight-through gradient: of each answer's loss by the choice at each step, at these rates."""
     choice = F.one_hot(indices, len(predictor.rates)).float().requires_grad_()
     with frozen(model):
-        (gradient,) = torch.autograd.grad(losses_under(model, predictor, prepared, choice).sum(), choice)
+        (gradient,) = torch.autograd.grad(answer_losses(model, predictor, prepared, choice).sum(), choice)
     return gradient
 
 
@@ -84,7 +76,7 @@ def slope_rows(
             ends = [max(here - distance, 0), min(here + distance, len(grid) - 1)]
             run = float(grid[ends[1]] - grid[ends[0]])
             with torch.no_grad():
-                low, high = (losses_under(model, predictor, prepared, F.one_hot(constant(prepared, i), len(grid)).float())
+                low, high = (answer_losses(model, predictor, prepared, F.one_hot(constant(prepared, i), len(grid)).float())
                              for i in ends)  # fmt: skip
             add(prepared, "measured", distance, (high - low) / run)
             add(prepared, "predicted", distance, (gradient[:, ends[1]] - gradient[:, ends[0]]) / run)

@@ -26,9 +26,9 @@ from dyrate.generation import answer_batch, encode
 from dyrate.models import describe
 from dyrate.strategies import STRATEGIES
 from dyrate.strategy import Strategy
-from dyrate.teacher_forcing import prepare
+from dyrate.teacher_forcing import prepare, token_losses
 from study import agreement
-from study.attribution import every_token, integrated_gradients, losses, pruned_from
+from study.attribution import every_token, integrated_gradients, pruned_from
 from study.compared import scanned_layers
 from study.examples import examples
 from study.groups import group_rows
@@ -78,7 +78,7 @@ def attribute(model, processor, asked: Examples, layer: int, batch_size: int) ->
         effect = integrated_gradients(model, place, prepared)
         with torch.no_grad():
             whole = every_token(prepared)
-            loss, blind = (losses(model, place, prepared, m * whole).sum(1).cpu().numpy() for m in (1, 0))
+            loss, blind = (token_losses(model, place, prepared, m * whole).sum(1).cpu().numpy() for m in (1, 0))
         for i, n in enumerate(prepared.valid.sum(1).tolist()):
             found.effect.append(effect[i, :n].cpu().numpy())
             found.attention.append(prepared.score[i, :n].float().cpu().numpy())
@@ -184,8 +184,7 @@ def measure(model: str, n: int, out: Path, *, store: Path, batch_size: int = 50)
     write("answers", answers)
     write("ranks", ranks + others)
     write("noise", noise_rows(loaded, processor, asked, known, store))
-    device = torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else "CPU"
-    record = {"model": model, "n": n, **about, "device": device, "late": late, "torch": torch.__version__}
+    record = {"model": model, "n": n, **about, "late": late, "torch": torch.__version__}
     write_whole(out / "importance.json", json.dumps(record, indent=1) + "\n")
 
 

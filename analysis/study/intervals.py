@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 
 
 def bootstrap(
@@ -48,6 +49,27 @@ def bootstrap_crossed(values: np.ndarray, *, resamples: int = 2000, seed: int = 
     tail = (1 - level) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail]) if n > 1 else (-np.inf, np.inf)
     return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": n, "seeds": seeds}
+
+
+def interpolated(costs: pd.Series, scores: pd.DataFrame, cost: float) -> pd.Series:
+    """Each sample's score at a cost, on the line between the two nearest measured ones; NaN outside of all.
+
+    costs: of what was measured, by name; scores: (sample, name).
+    """
+    costs = costs.sort_values()
+    above = int(np.searchsorted(costs, cost - 1e-6))
+    if above < len(costs) and np.isclose(costs.iloc[above], cost):
+        return scores[costs.index[above]]
+    if above in (0, len(costs)):
+        return pd.Series(np.nan, index=scores.index)
+    low, high = (scores[costs.index[i]] for i in (above - 1, above))
+    part = (cost - costs.iloc[above - 1]) / (costs.iloc[above] - costs.iloc[above - 1])
+    return (1 - part) * low + part * high
+
+
+def in_words(number, form: str = ".2f") -> str:
+    """A number with its interval; it and its ends in one format."""
+    return f"{number['value']:{form}} ({number['low']:{form}} to {number['high']:{form}})"
 
 
 def verdict(difference: Mapping) -> str:

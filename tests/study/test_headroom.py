@@ -14,7 +14,7 @@ from dyrate.generation import answer_batch, encode
 from dyrate.predictor import rate_grid
 from dyrate.strategies.controls import Constant, RandomPrune
 from dyrate.strategies.full import Full
-from dyrate.teacher_forcing import prepare, teacher_forced, unpruned_logits
+from dyrate.teacher_forcing import masked_logits, prepare, teacher_forced, unpruned_logits
 from study.chapters import headroom as chapter
 from study.examples import examples
 from study.headroom import confirm, frontier, library, measure, rankings, report
@@ -81,7 +81,7 @@ def test_evicted_tokens_cost_nothing_later():
 def test_true_importance_sums_to_what_the_image_is_worth(lab, prepared):
     scores = rankings.importance_scores(lab.model, lab.place, prepared, nodes=24)
     whole = unpruned_logits(lab.model, lab.place, prepared)
-    none = measure.masked_logits(lab.model, lab.place, prepared, torch.zeros_like(prepared.score)).detach()
+    none = masked_logits(lab.model, lab.place, prepared, torch.zeros_like(prepared.score)).detach()
     worth = [_likelihood(logits, prepared) for logits in (whole, none)]
     assert torch.allclose(scores.sum(1), worth[0] - worth[1], rtol=0.05)
     assert (worth[0] - worth[1] > 1).all()

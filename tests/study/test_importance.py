@@ -12,10 +12,10 @@ import torch
 
 import dyrate
 from by_hand import HEADS, kept, seen
-from dyrate.teacher_forcing import prepare
+from dyrate.teacher_forcing import prepare, token_losses
 from study import agreement, figures, importance, noise
 from study.answers import answer_all
-from study.attribution import every_token, integrated_gradients, left_out, losses, path, pruned_from
+from study.attribution import every_token, integrated_gradients, left_out, path, pruned_from
 from study.chapters import importance as chapter
 from study.examples import examples
 from study.groups import covered, sentences
@@ -39,7 +39,7 @@ def test_effects_sum_to_what_the_image_is_worth(laboratory):
     model, _, _, place, prepared, effect = laboratory
     with torch.no_grad():
         whole = every_token(prepared)
-        worth = losses(model, place, prepared, 0 * whole).sum(1) - losses(model, place, prepared, whole).sum(1)
+        worth = token_losses(model, place, prepared, 0 * whole).sum(1) - token_losses(model, place, prepared, whole).sum(1)
     assert torch.allclose(effect.sum((1, 2)), worth, rtol=0.1)
     assert (effect[~prepared.valid] == 0).all()  # after its end nothing is worth anything to an answer
     assert worth.min() > 10  # nats: that it is nothing would be no test

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 import dyrate
@@ -29,7 +28,7 @@ from study import controls  # noqa: F401  (registers its strategies)
 from study.answers import Condition, answer_all
 from study.book import ROOT, Chapter
 from study.examples import examples as study_examples
-from study.intervals import bootstrap, verdict
+from study.intervals import bootstrap, interpolated, verdict
 from study.predictors import condition_of
 from study.scores import scored
 
@@ -170,20 +169,9 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _constant_at(cost: float, rows: pd.DataFrame, kind: str) -> pd.Series:
-    """Score of each sample under a constant rate of this cost, between the two measured ones next to it.
-
-    kind: the column of the cost, "retention" or "macs".
-    """
-    measured = rows.groupby("label")[kind].mean().sort_values()
-    above = int(np.searchsorted(measured, cost - 1e-6))
+    """Score of each sample under a constant rate of this cost. kind: the column of the cost, "retention" or "macs"."""
     scores = rows.pivot(index="sample", columns="label", values="score")
-    if above < len(measured) and np.isclose(measured.iloc[above], cost):
-        return scores[measured.index[above]]
-    if above in (0, len(measured)):
-        return pd.Series(np.nan, index=scores.index)
-    high = scores[measured.index[above]]
-    part = (cost - measured.iloc[above - 1]) / (measured.iloc[above] - measured.iloc[above - 1])
-    return (1 - part) * scores[measured.index[above - 1]] + part * high
+    return interpolated(rows.groupby("label")[kind].mean(), scores, cost)
 
 
 def once(table: pd.DataFrame) -> pd.DataFrame:

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from functools import cache
 
-import numpy as np
 import pandas as pd
 
 from study.book import Chapter
 from study.chapters.laboratories import RETENTION, TASK, Laboratory, dynamic_said
 from study.compared import LATE, QUESTIONS, RETENTIONS
-from study.intervals import bootstrap
+from study.intervals import bootstrap, in_words, interpolated
 
 CONSTANTS = ("FastV", "RandomPrune")
 SCHEDULES = ("LinearAnneal", "PyramidDrop", "FastVRerank")  # that do not keep one set of tokens throughout
 BASES = {"retention": "equal retention", "computation": "equal computation"}
 TASKS = (TASK, *LATE, *QUESTIONS)
 LAYER = 2  # the first pruned layer of the constants
+SIGNED = "+.3f"  # the format of a difference
 ENOUGH = 0.5  # a task of which the unpruned model does less measures nothing on that model
 
 
@@ -28,7 +28,8 @@ ENOUGH = 0.5  # a task of which the unpruned model does less measures nothing on
 def measured(lab: Laboratory, task: str) -> pd.DataFrame:
     """Rows of one task with both costs: retention, and computation, the decoder's multiply-accumulates over the unpruned ones.
 
-    From the part that asks most of it; the scan of layers has the constants of some questions. Empty where none asks it.
+    The unpruned model's budget is 1. From the part that asks most of it; the scan of layers has the constants of some
+    questions. Empty where none asks it.
     """
     for part in ("methods", "late", "questions", "layers"):
         if lab.has(part) and (lab.rows(part).task == task).any():
@@ -38,27 +39,17 @@ def measured(lab: Laboratory, task: str) -> pd.DataFrame:
                 rows = rows[(rows.method == "Full") | (rows.first_pruned_layer == LAYER)]
             macs = rows.prefill + rows.decode
             rows["computation"] = macs / macs[rows.method == "Full"].mean()
-            return rows
+            return rows.assign(budget=rows.budget.fillna(1.0))
     return pd.DataFrame(columns=["task", "sample", "method", "budget", "score", *BASES])
-
-
-def curve(lab: Laboratory, task: str, method: str, basis: str) -> tuple[np.ndarray, pd.DataFrame]:
-    """Costs of the unpruned model and of a constant method's budgets, rising, and the scores there: a column for each cost."""
-    rows = measured(lab, task)
-    rows = rows[rows.method.isin([method, "Full"])].assign(budget=lambda x: x.budget.fillna(1.0))
-    scores = rows.pivot(index="sample", columns="budget", values="score").dropna()
-    costs = rows.groupby("budget")[basis].mean()
-    return costs.to_numpy(), scores
 
 
 def constant_at(lab: Laboratory, task: str, method: str, basis: str, cost: float) -> pd.Series | None:
     """Each answer's score under a constant method of this cost, between the two nearest measured; None below the cheapest."""
-    costs, scores = curve(lab, task, method, basis)
-    if not costs[0] <= cost <= costs[-1]:
-        return None
-    right = min(max(int(np.searchsorted(costs, cost)), 1), len(costs) - 1)
-    share = (cost - costs[right - 1]) / (costs[right] - costs[right - 1])
-    return (1 - share) * scores.iloc[:, right - 1] + share * scores.iloc[:, right]
+    rows = measured(lab, task)
+    rows = rows[rows.method.isin([method, "Full"])]
+    scores = rows.pivot(index="sample", columns="budget", values="score").dropna()
+    found = interpolated(rows.groupby("budget")[basis].mean(), scores, cost)
+    return None if found.isna().any() else found
 
 
 def losses(laboratories: tuple[Laboratory, ...], retention: float = RETENTION) -> pd.DataFrame:
@@ -113,8 +104,7 @@ def curves(laboratories: tuple[Laboratory, ...], tasks: tuple[str, ...], methods
         for task in tasks:
             of = measured(lab, task)
             for method in methods:
-                both = of[of.method.isin([method, "Full"])].assign(budget=lambda x: x.budget.fillna(1.0))
-                for budget, mine in both.groupby("budget"):
+                for budget, mine in of[of.method.isin([method, "Full"])].groupby("budget"):
                     row = {"laboratory": lab.name, "task": task, "method": method, "budget": budget}
                     row |= {basis: mine[basis].mean() for basis in BASES}
                     rows.append(row | bootstrap(mine.score))
@@ -149,7 +139,7 @@ def late_said(laboratories: tuple[Laboratory, ...]) -> str:
         of = table[table.laboratory == lab.name].set_index("basis")
         if of.empty:
             continue
-        said.append(f"{lab.name} {'; '.join(f'{_difference(of.loc[b])} at {BASES[b]}' for b in BASES if b in of.index)}")
+        said.append(f"{lab.name} {'; '.join(f'{in_words(of.loc[b], SIGNED)} at {BASES[b]}' for b in BASES if b in of.index)}")
     return (
         f"A rate that rises over the answer (LinearAnneal) minus a constant one (FastV) where the last thing of the picture is "
         f"asked for ({shown(LATE[0])}): {', '.join(said)}."
@@ -163,10 +153,6 @@ def shown(task: str) -> str:
 
 def _share(row) -> str:
     return f"{100 * row['value']:.0f} % ({100 * row['low']:.0f} to {100 * row['high']:.0f})"
-
-
-def _difference(row) -> str:
-    return f"{row['value']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
 
 
 def losses_shown(table: pd.DataFrame) -> pd.DataFrame:
@@ -187,7 +173,7 @@ def compared_shown(table: pd.DataFrame, laboratory: str) -> pd.DataFrame:
     """`against_constants` of one model for the page: both differences in one row for each task, method and budget."""
     of = table[table.laboratory == laboratory]
     keys = ["task", "method", "budget"]
-    wide = of.assign(text=[_difference(row) for _, row in of.iterrows()]).pivot(index=keys, columns="basis", values="text")
+    wide = of.assign(text=[in_words(row, SIGNED) for _, row in of.iterrows()]).pivot(index=keys, columns="basis", values="text")
     costs = of.drop_duplicates(keys).set_index(keys)[["score", *BASES]].rename(columns={"computation": "share of computation"})
     wide = costs.join(wide.reindex(columns=list(BASES)).rename(columns=BASES).fillna("cheaper than any constant measured"))
     return wide.reset_index().assign(task=lambda x: x.task.map(shown)).rename(columns={"retention": "measured retention"})

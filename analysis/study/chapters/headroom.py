@@ -12,9 +12,11 @@ from study.headroom.confirm import MAX_NEW_TOKENS, confirmed, generated, questio
 from study.headroom.frontier import POLICIES, at_budget, curves, number
 from study.headroom.library import LIBRARIES, UNITS
 from study.headroom.report import BEST_OTHER, PAPER, Measured, captured, cost_of_constant, library
+from study.intervals import in_words
 
 BUDGET = 0.25  # of the headline
 SHOWN = (0.0625, 0.125, 0.1875, 0.25, 0.33, 0.4, 0.5, 0.65, 0.8, 1.0)  # costs at which curves are drawn
+SIGNED = "+.3f"  # the format of a gain
 MATTERS = 0.01  # of the score: a smaller difference counts as none, said before anything was measured
 BEST = "best for each answer"
 GAINING = tuple(policy.name for policy in POLICIES if policy.name != "constant")
@@ -115,7 +117,8 @@ def scores(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
 
 def gains_shown(table: pd.DataFrame) -> pd.DataFrame:
     """`gains` for the page: a row for each laboratory, ranking and residency, a column for each policy."""
-    rows = table.assign(text=[_interval(row) for row in table.itertuples()], where=table.ranking + ", " + table.residency)
+    text = [in_words(row, SIGNED) for row in table.to_dict("records")]
+    rows = table.assign(text=text, where=table.ranking + ", " + table.residency)
     keys = ["laboratory", "where"]
     shown = rows.pivot(index=keys, columns="policy", values="text")[list(GAINING)]
     whole = rows.drop_duplicates(keys).set_index(keys)[["unpruned", "constant"]]
@@ -131,7 +134,7 @@ def units_shown(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
             budget = cost_of_constant(lab, "evict", BUDGET, unit)
             found = at_budget(library(lab, "FastV", "evict", unit), budget)
             row = {"laboratory": label(lab), "equal": UNIT_NAMES[unit], "share of the unpruned": budget}
-            rows.append(row | {policy: _interval(pd.Series(found[f"{policy}: gain"])) for policy in GAINING})
+            rows.append(row | {policy: in_words(found[f"{policy}: gain"], SIGNED) for policy in GAINING})
     return pd.DataFrame(rows)
 
 
@@ -143,7 +146,7 @@ def dyrate_shown(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({
         "laboratory": rows.laboratory, "recipe": rows.recipe, "trainings": rows.seeds, "retention": rows.retention,
         "constant": rows.constant, "DyRate": rows.controller, BEST: rows[BEST],
-        "gain on the constant": [_interval(row) for row in rows.itertuples()],
+        "gain on the constant": [in_words(row, SIGNED) for row in rows.to_dict("records")],
         "captured headroom": [_percent(r.captured, r.captured_low, r.captured_high) for r in rows.itertuples()],
     })  # fmt: skip
 
@@ -157,7 +160,8 @@ def scores_shown(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({
         "laboratory": rows.laboratory, "residency": rows.residency, "retention": rows.retention, "unpruned": rows.unpruned,
         "constant": [constant[key] for key in zip(rows.laboratory, rows.residency, rows.budget, strict=True)],
-        "method": rows.method, "score": rows.score, "gain on the constant": [_interval(row) for row in rows.itertuples()],
+        "method": rows.method, "score": rows.score,
+        "gain on the constant": [in_words(row, SIGNED) for row in rows.to_dict("records")],
         "against the bound": [against_bound(row) for row in rows.to_dict("records")],
     })  # fmt: skip
 
@@ -167,10 +171,6 @@ def against_bound(gain: dict) -> str:
     if gain["low"] > MATTERS or gain["high"] < -MATTERS:
         return "better" if gain["low"] > MATTERS else "worse"
     return "equivalent" if gain["low"] > -MATTERS and gain["high"] < MATTERS else "undecided"
-
-
-def _interval(row) -> str:
-    return f"{row.value:+.3f} ({row.low:+.3f} to {row.high:+.3f})"
 
 
 def _percent(value: float, low: float, high: float) -> str:
@@ -230,7 +230,7 @@ def score_said(laboratories: tuple[Measured, ...]) -> str:
         return "No answers have been generated under these schedules yet."
     rows = table[(table.method != "constant") & (table.budget == BUDGET) & (table.residency == "evict")]
     parts = [
-        f"{SAID[row['method']]} on {row['laboratory']} {_interval(pd.Series(row))} ({against_bound(row)})"
+        f"{SAID[row['method']]} on {row['laboratory']} {in_words(row, SIGNED)} ({against_bound(row)})"
         for row in rows.to_dict("records")
     ]
     said = f"In the score of generated answers, where {MATTERS:g} was set beforehand as the least that matters"

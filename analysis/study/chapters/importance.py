@@ -6,7 +6,6 @@ Importance is what reading an image token at some step is worth to the reference
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,10 @@ import pandas as pd
 
 from dyrate.strategies import STRATEGIES
 from study.agreement import PARTS, RETENTION, spearman
-from study.book import ROOT, Chapter
+from study.book import Chapter
+from study.chapters.laboratories import records
 from study.importance import EARLY, RANKINGS
-from study.intervals import bootstrap
+from study.intervals import bootstrap, in_words
 
 LABORATORIES = ("pocket-plain", "smol")  # pocket-dropped has no rows of this yet
 ATTENTION = {
@@ -59,13 +59,7 @@ class Measured:
 
 def read(folder: str, names: Sequence[str] = LABORATORIES) -> tuple[Measured, ...]:
     """The laboratories with rows below a folder, relative to the repository. Raises FileNotFoundError where they are missing."""
-    found = []
-    for name in names:
-        path = ROOT / folder / name / "importance.json"
-        if not path.exists():
-            raise FileNotFoundError(f"no {path}: `python -m study.importance --model {name} --out {path.parent}` measures it")
-        found.append(Measured(name, json.loads(path.read_text()), path.parent))
-    return tuple(found)
+    return tuple(Measured(*of) for of in records(folder, names, "importance"))
 
 
 # -- is it importance? -----------------------------------------------------------------------------------------------------
@@ -101,7 +95,7 @@ def checks_shown(table: pd.DataFrame) -> pd.DataFrame:
         "nothing": "whole answer, without as many patches that show nothing (nats)",
         "alike": "rank correlation of this loss with the attribution", "incomplete": "attribution misses, of all (share)",
     }  # fmt: skip
-    shown = table.assign(text=[interval(row) for _, row in table.iterrows()])
+    shown = table.assign(text=[in_words(row) for _, row in table.iterrows()])
     shown = shown.pivot(index="measure", columns="laboratory", values="text").loc[
         list(names), list(dict.fromkeys(table.laboratory))
     ]
@@ -135,7 +129,7 @@ def thirds_shown(table: pd.DataFrame, measured: Sequence[Measured]) -> pd.DataFr
             for ranking, name in ATTENTION.items():
                 of = _of(table, lab.name, layer=layer, ranking=ranking).set_index("part")
                 row = {"laboratory": lab.name, "first pruned layer": layer, "ranking": name}
-                rows.append(row | {part: interval(of.loc[part]) for part in PARTS[1:]})
+                rows.append(row | {part: in_words(of.loc[part]) for part in PARTS[1:]})
     return pd.DataFrame(rows)
 
 
@@ -228,17 +222,12 @@ def worth_shown(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({
         "laboratory": table.laboratory, "ranking": [f"{r.ranking}, layer {r.layer}" for r in table.itertuples()],
         "retention ratio": table.retention, "score": table.score, "all exchanged": table.random, "reversed": table.reversed,
-        "worth": [interval(row) for _, row in table.iterrows()],
+        "worth": [in_words(row) for _, row in table.iterrows()],
         "share of the score": [f"{100 * share:.0f} %" if share > 0 else "" for share in table.share],
     })  # fmt: skip
 
 
 # -- in words --------------------------------------------------------------------------------------------------------------
-
-
-def interval(row, form: str = ".2f") -> str:
-    """A number with its interval."""
-    return f"{row['value']:{form}} ({row['low']:{form}} to {row['high']:{form}})"
 
 
 def finding(measured: Sequence[Measured], agreed: pd.DataFrame, worths: pd.DataFrame) -> str:
@@ -247,10 +236,10 @@ def finding(measured: Sequence[Measured], agreed: pd.DataFrame, worths: pd.DataF
     for lab in measured:
         said = []
         for layer in lab.layers:
-            text = f"from layer {layer} {interval(_fastv(agreed, lab.name, layer))}"
+            text = f"from layer {layer} {in_words(_fastv(agreed, lab.name, layer))}"
             if lab.noisy:
                 score = _of(worths, lab.name, ranking="FastV", layer=layer, retention=RETENTION).iloc[0]
-                text += f", and {interval(score, '+.2f')} of a score of {score.score:.2f}"
+                text += f", and {in_words(score, '+.2f')} of a score of {score.score:.2f}"
             said.append(text)
         hoped = _of(agreed, lab.name, ranking=OTHER_WORDING, part="all").iloc[0]
         parts.append(f"on {lab.name} {'; '.join(said)} (two wordings of one description agree to {hoped.value:.2f})")
@@ -303,7 +292,7 @@ def rankings_said(measured: Sequence[Measured], agreed: pd.DataFrame) -> str:
     for lab in measured:
         rows = _of(compared, lab.name).set_index("ranking")
         best = rows.loc[list(PUBLISHED)].value.idxmax()
-        said = [f"{name} {interval(rows.loc[name])}" for name in dict.fromkeys((best, "FastV", "Oracle", "RandomPrune"))]
+        said = [f"{name} {in_words(rows.loc[name])}" for name in dict.fromkeys((best, "FastV", "Oracle", "RandomPrune"))]
         share = f"{best}'s first quarter has {100 * rows.loc[best].captured:.0f} % of the importance"
         parts.append(f"on {lab.name} {', '.join(said)}; {share}")
     return f"The published ranking that agrees best, FastV's, the Oracle's and random pruning's: {'; '.join(parts)}."
@@ -323,7 +312,7 @@ def noise_said(measured: Sequence[Measured]) -> str:
 def curve_said(beyond: pd.DataFrame) -> str:
     """Whether agreement with importance explains FastV's score."""
     parts = [
-        f"{interval(row, '+.2f')} on {row.laboratory} from layer {row.layer} (rank correlation {row.rho:.2f})"
+        f"{in_words(row, '+.2f')} on {row.laboratory} from layer {row.layer} (rank correlation {row.rho:.2f})"
         for _, row in beyond.iterrows()
     ]
     return f"FastV minus importance made as bad as FastV's ranking, paired: {'; '.join(parts)}."

@@ -70,13 +70,19 @@ class Laboratory:
 
 def read(folder: str, names: Sequence[str] = LABORATORIES) -> tuple[Laboratory, ...]:
     """The laboratories with reference rows below a folder, relative to the repository. Raises FileNotFoundError without."""
-    found = []
-    for name in names:
-        path = ROOT / folder / name / "reference.json"
+    return tuple(Laboratory(*of) for of in records(folder, names, "reference"))
+
+
+def records(folder: str, names: Sequence[str], program: str) -> list[tuple[str, dict, Path]]:
+    """Name, record and folder of each laboratory that `python -m study.<program>` measured below a folder of the repository.
+
+    Raises FileNotFoundError that says how to measure the first one without.
+    """
+    paths = {name: ROOT / folder / name / f"{program}.json" for name in names}
+    for name, path in paths.items():
         if not path.exists():
-            raise FileNotFoundError(f"no reference rows of {name} in {path.parent}: `python -m study.reference` measures them")
-        found.append(Laboratory(name, json.loads(path.read_text()), path.parent))
-    return tuple(found)
+            raise FileNotFoundError(f"no {path}: `python -m study.{program}` measures {name}, see its --help")
+    return [(name, json.loads(path.read_text()), path.parent) for name, path in paths.items()]
 
 
 def bars(laboratories: tuple[Laboratory, ...]) -> pd.DataFrame:

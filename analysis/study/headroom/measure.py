@@ -27,8 +27,9 @@ from dyrate.data import Example
 from dyrate.models import describe
 from dyrate.predictor import RatePredictor
 from dyrate.strategies.dyrate import DyRate
-from dyrate.teacher_forcing import IGNORE, Prepared, masked_logits, masks_over_steps, prepare, teacher_forced
+from dyrate.teacher_forcing import Prepared, masks_over_steps, prepare, teacher_forced, token_losses
 from study.answers import weights_digest
+from study.attribution import pruned_from
 from study.examples import examples
 from study.headroom.library import LIBRARIES, N_RATES, costs, kept_tokens
 from study.headroom.rankings import RANKINGS, STATIC, ranked
@@ -49,10 +50,7 @@ class Laboratory:
     @classmethod
     def load(cls, name: str, layer: int) -> Laboratory:
         model, processor = dyrate.load(name, dtype=torch.float32)
-        text = model.config.get_text_config()
-        heads, n_layers = text.num_attention_heads, text.num_hidden_layers
-        place = RatePredictor(heads, n_layers, model.config.model_type, n_rates=N_RATES, first_pruned_layer=layer)
-        return cls(model, processor, place.to(model.device))
+        return cls(model, processor, pruned_from(model, layer, n_rates=N_RATES))
 
 
 def measure(
@@ -158,9 +156,7 @@ def library_losses(lab: Laboratory, prepared: Prepared, ranking: str, residency:
 def losses(lab: Laboratory, prepared: Prepared, indices: Tensor, residency: str) -> list[float]:
     """Teacher-forced loss of each answer in nats a token, under the rates with these indices at each step (batch, step)."""
     masks = masks_over_steps(F.one_hot(indices, N_RATES).float(), prepared, residency)
-    logits = masked_logits(lab.model, lab.place, prepared, masks).float()
-    each = F.cross_entropy(logits.transpose(1, 2), prepared.labels, ignore_index=IGNORE, reduction="none")
-    return (each.sum(1) / prepared.valid.sum(1)).tolist()
+    return (token_losses(lab.model, lab.place, prepared, masks).sum(1) / prepared.valid.sum(1)).tolist()
 
 
 def predictor_rows(lab: Laboratory, own: Prepared, ranks: Prepared, predictor: RatePredictor) -> pd.DataFrame:

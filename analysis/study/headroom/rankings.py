@@ -8,11 +8,10 @@ from dataclasses import replace
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from dyrate.predictor import RatePredictor
 from dyrate.strategies.controls import random_scores
-from dyrate.teacher_forcing import IGNORE, Prepared, frozen, masked_logits
+from dyrate.teacher_forcing import Prepared, frozen, token_losses
 
 RANKINGS = ("FastV", "random", "importance")
 STATIC = ("random", "importance")  # the same at every step: evicted or masked, a falling trajectory shows the same tokens
@@ -41,7 +40,6 @@ def importance_scores(model, predictor: RatePredictor, prepared: Prepared, nodes
         gate = torch.full_like(total, root**4).requires_grad_()
         masks = (gate * prepared.image)[:, None].expand(-1, prepared.labels.shape[1], -1)
         with frozen(model):
-            logits = masked_logits(model, predictor, prepared, masks).float()
-            loss = F.cross_entropy(logits.transpose(1, 2), prepared.labels, ignore_index=IGNORE, reduction="sum")
+            loss = token_losses(model, predictor, prepared, masks).sum()
             total -= torch.autograd.grad(loss, gate)[0] * 4 * root**3 / nodes
     return total
