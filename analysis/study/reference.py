@@ -57,16 +57,19 @@ class Part:
     other_picture: bool = False
 
 
-def parts(n_layers: int) -> list[Part]:
-    """What the reference run measures of a laboratory with so many decoder layers; the most important first."""
+def parts(n_layers: int, retentions: Sequence[float] = RETENTIONS) -> list[Part]:
+    """What the reference run measures of a laboratory with so many decoder layers; the most important first.
+
+    retentions: at which methods are compared.
+    """
     full = Condition("Full", STRATEGIES["Full"](), "Full")
     blind = Condition("no image", STRATEGIES["RandomPrune"](rate=1.0, first_pruned_layer=0), "no image", 0.0)
     tenth = _at("RandomPrune", 0.1, n_layers, 2)
     scan = [
         _at(name, x, n_layers, k) for x in RETENTIONS[1:] for k in scanned_layers(n_layers) for name in ("FastV", "RandomPrune")
     ]
-    methods = [_at(name, x, n_layers) for x in RETENTIONS for name in METHODS]
-    late = [_at(name, x, n_layers) for x in RETENTIONS for name in LATE_METHODS]
+    methods = [_at(name, x, n_layers) for x in retentions for name in METHODS]
+    late = [_at(name, x, n_layers) for x in retentions for name in LATE_METHODS]
     return [
         Part("unpruned", [full], TASKS, n=4),
         Part("other_picture", [full], TASKS, other_picture=True),
@@ -84,12 +87,15 @@ def _at(name: str, retention: float, n_layers: int, layer: int | None = None) ->
     return Condition(label, STRATEGIES[name].at(retention, n_layers, **fields), name, retention)
 
 
-def measure(model: str, n: int, out: Path, *, store: Path, names: Sequence[str] = (), batch_size: int = 100) -> None:
+def measure(
+    model: str, n: int, out: Path, *, store: Path, names: Sequence[str] = (), retentions: Sequence[float] = RETENTIONS,
+    batch_size: int = 100,
+) -> None:  # fmt: skip
     """Measure the parts (all, or those named) in float32 and write `<part>.csv.gz` and `about.json` into `out`."""
     loaded, processor = dyrate.load(model, dtype=torch.float32)
     about = describe(loaded)
     out.mkdir(parents=True, exist_ok=True)
-    for part in parts(about["layers"]):
+    for part in parts(about["layers"], retentions):
         if names and part.name not in names:
             continue
         asked = _asked(part, n)
@@ -174,6 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     measuring.add_argument("--out", type=Path, required=True)
     measuring.add_argument("--store", type=Path, default=Path("build/answers"), help="finished batches")
     measuring.add_argument("--parts", dest="names", nargs="+", default=(), help="only these")
+    measuring.add_argument("--retentions", type=float, nargs="+", default=RETENTIONS, help="at which methods are compared")
+    measuring.add_argument("--batch-size", type=int, default=100)
     recording = verbs.add_parser("attention", help="where attention goes, without pruning")
     recording.add_argument("--model", required=True)
     recording.add_argument("--n", type=int, default=60, help="descriptions")
