@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -131,10 +132,13 @@ def test_under_a_fixed_ranking_evicting_is_masking(lab, asked, prepared):
 def measured(tmp_path_factory):
     """A run on a small library and two tasks, and the arguments that make it."""
     folder = tmp_path_factory.mktemp("headroom")
+    for name in ("evict-0.33-seed0", "evict-0.33-seed1"):
+        (folder / "predictors").mkdir(exist_ok=True)
+        (folder / "predictors" / name).symlink_to(measure.ROOT / "data/pocket-plain/dyrate" / name)
     how = {"n": 3, "tasks": ["caption", "qa_place"], "store": folder / "store", "batch_size": 2, "rankings": ["FastV", "random"]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "LIBRARIES", {"evict": CONSTANTS[::4], "mask": CONSTANTS[::4]})
-        measure.measure("pocket-plain", out=folder / "out", predictors=measure.ROOT / "data/pocket-plain/dyrate", **how)
+        measure.measure("pocket-plain", out=folder / "out", predictors=folder / "predictors", **how)
     return folder, how
 
 
@@ -147,7 +151,7 @@ def test_tables_have_every_answer_and_condition(measured):
     }
     assert [c for c in losses if c.startswith("random evict")] == [] and losses.notna().all(axis=None)
     assert np.allclose(losses["FastV evict 1"], losses["random mask 1"], atol=1e-4)
-    assert len(dynamic) == 2 * 3 * len(answers) and set(dynamic.residency) == {"evict"}
+    assert len(dynamic) == 2 * 2 * len(answers) and set(dynamic.residency) == {"evict"}
     assert dynamic.retention.between(0, 1).all() and dynamic.macs.between(0, 1).all()
 
 
@@ -156,14 +160,33 @@ def test_what_is_stored_is_not_measured_again(measured, monkeypatch):
     monkeypatch.setattr(measure, "LIBRARIES", {"evict": CONSTANTS[::4], "mask": CONSTANTS[::4]})
     for name in ("library_losses", "predictor_rows", "answer_rows"):
         monkeypatch.setattr(measure, name, lambda *_: pytest.fail("measured again"))
-    measure.measure("pocket-plain", out=folder / "again", predictors=measure.ROOT / "data/pocket-plain/dyrate", **how)
+    measure.measure("pocket-plain", out=folder / "again", predictors=folder / "predictors", **how)
     for path in (folder / "out").glob("*.csv.gz"):
         pd.testing.assert_frame_equal(pd.read_csv(path), pd.read_csv(folder / "again" / path.name))
 
 
-def test_predictors_of_another_layer_are_left_out():
+def test_predictors_may_be_added_to_a_measured_library(measured, monkeypatch):
+    folder, how = measured
+    monkeypatch.setattr(measure, "library_losses", lambda *_: pytest.fail("the library was measured again"))
+    shutil.copytree(folder / "out", folder / "later")
+    path = folder / "later" / "headroom_layer2_dyrate.csv.gz"
+    whole = pd.read_csv(path)
+    for earlier in (whole[whole.predictor == "evict-0.33-seed0"], whole.iloc[:0, :0]):  # one of two, and none
+        earlier.to_csv(path, index=False)
+        measure.measure_predictors(folder / "later", folder / "predictors", store=how["store"], batch_size=2)
+        keys = ["predictor", "ranking", "task", "sample"]
+        tables = [table.sort_values(keys).reset_index(drop=True) for table in (pd.read_csv(path), whole)]
+        pd.testing.assert_frame_equal(*tables)
+    answers = pd.read_csv(folder / "later" / "headroom_layer2_answers.csv.gz")
+    answers.iloc[::-1].to_csv(folder / "later" / "headroom_layer2_answers.csv.gz", index=False)
+    with pytest.raises(ValueError, match="other answers"):
+        measure.measure_predictors(folder / "later", folder / "predictors", store=how["store"], batch_size=2)
+
+
+def test_predictors_of_another_layer_are_left_out(lab):
     folder = measure.ROOT / "data" / "pocket-plain" / "dyrate"
-    assert len(measure.trained_here(folder, 2)) == 3 and measure.trained_here(folder, 6) == measure.trained_here(None, 2) == {}
+    assert measure.trained_here(folder, 2, lab)
+    assert measure.trained_here(folder, 6, lab) == measure.trained_here(None, 2, lab) == {}
 
 
 # -- choices at equal cost -------------------------------------------------------------------------------------------------

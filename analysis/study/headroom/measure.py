@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -60,31 +60,73 @@ def measure(
 ) -> None:  # fmt: skip
     """Measure `n` test answers a task and write the tables into `out`. predictors: a folder of trained ones for this model."""
     lab = Laboratory.load(model, layer)
-    trained = trained_here(predictors, layer)
-    for strategy in trained.values():
-        strategy.predictor.check_fits(lab.model)
-    asked = [examples(source, n, tasks=[task], split="test") for task in tasks]
-    work = [batch for of_task in asked for batch in of_task.batches(batch_size, lab.processor)]
+    trained = trained_here(predictors, layer, lab)
     stored = Store(store, lab)
     tables: dict[str, list[pd.DataFrame]] = {"answers": [], "losses": [], "dyrate": []}
-    for batch, images in tqdm(work, desc=f"{model}, layer {layer}"):
-        for table, rows in _measured(lab, batch, images, rankings, trained, stored).items():
+    for batch, images in _batches(lab, source, n, tasks, batch_size):
+        work = Work(lab, batch, images, rankings, stored)
+        for table, rows in (("answers", work.answers), ("losses", work.losses()), ("dyrate", work.dyrate(trained))):
             tables[table].append(rows)
     out.mkdir(parents=True, exist_ok=True)
     for table, rows in tables.items():
-        path = out / f"headroom_layer{layer}_{table}.csv.gz"
-        frame = pd.concat(rows, ignore_index=True).round(4)
-        write_whole(path, lambda path, frame=frame: frame.to_csv(path, index=False, compression="gzip", float_format="%.3g"))
+        _write(out / f"headroom_layer{layer}_{table}.csv.gz", pd.concat(rows, ignore_index=True))
     about = describe(lab.model) | {"model": model, "n": n, "layer": layer, "source": source, "tasks": list(tasks)}
     about |= {"rankings": list(rankings), "shape": asdict(shape_of(lab.model)), "torch": torch.__version__}
     write_whole(out / f"headroom_layer{layer}_about.json", json.dumps(about, indent=1) + "\n")
 
 
-def trained_here(folder: Path | None, layer: int) -> dict[str, DyRate]:
-    """The trained predictors in a folder that prune from this layer on, by name; none without a folder."""
+def measure_predictors(
+    folder: Path, predictors: Path, *, layer: int = 2, store: Path = Path("build/headroom"), batch_size: int = 100
+) -> None:
+    """Add predictors that were trained after the library was measured to its tables, or measure them anew, on the same answers.
+
+    folder: of the measured losses; predictors: a folder of trained ones. Raises ValueError if the answers are others by now.
+    """
+    about = json.loads((folder / f"headroom_layer{layer}_about.json").read_text())
+    lab = Laboratory.load(about["model"], layer)
+    trained = trained_here(predictors, layer, lab)
+    if not trained:
+        raise FileNotFoundError(f"no predictor in {predictors} prunes from layer {layer} on")
+    known = pd.read_csv(folder / f"headroom_layer{layer}_answers.csv.gz")
+    stored, found, samples = Store(store, lab), [], []
+    for batch, images in _batches(lab, about["source"], about["n"], about["tasks"], batch_size):
+        samples += [e.name for e in batch]
+        found.append(Work(lab, batch, images, about["rankings"], stored).dyrate(trained))
+    if samples != list(known["sample"]):
+        raise ValueError(f"{folder} was measured on other answers than these: measure the library anew")
+    path = folder / f"headroom_layer{layer}_dyrate.csv.gz"
+    rows = pd.concat(found, ignore_index=True)
+    try:
+        earlier = pd.read_csv(path)
+        rows = pd.concat([earlier[~earlier.predictor.isin(trained)], rows], ignore_index=True)
+    except pd.errors.EmptyDataError:
+        pass  # the library was measured without predictors
+    _write(path, rows)
+
+
+def _batches(lab: Laboratory, source: str, n: int, tasks: Sequence[str], batch_size: int) -> Iterator[tuple]:
+    """The test answers of each task with their pictures, in batches of like lengths."""
+    asked = [examples(source, n, tasks=[task], split="test") for task in tasks]
+    work = [batch for of_task in asked for batch in of_task.batches(batch_size, lab.processor)]
+    return iter(tqdm(work, desc=f"layer {lab.place.first_pruned_layer}"))
+
+
+def _write(path: Path, table: pd.DataFrame) -> None:
+    rows = table.round(4)
+    write_whole(path, lambda path: rows.to_csv(path, index=False, compression="gzip", float_format="%.3g"))
+
+
+def trained_here(folder: Path | None, layer: int, lab: Laboratory) -> dict[str, DyRate]:
+    """The trained predictors in a folder that prune from this layer on, by name; none without a folder.
+
+    Raises ValueError for one that was trained for another model.
+    """
     found = {path.parent.name: path.parent for path in sorted(folder.glob("*/model.safetensors"))} if folder else {}
     trained = {name: DyRate.from_pretrained(path) for name, path in found.items()}
-    return {name: strategy for name, strategy in trained.items() if strategy.first_pruned_layer == layer}
+    here = {name: strategy for name, strategy in trained.items() if strategy.first_pruned_layer == layer}
+    for strategy in here.values():
+        strategy.predictor.check_fits(lab.model)
+    return here
 
 
 class Store:
@@ -105,26 +147,52 @@ class Store:
         return pd.read_csv(path)
 
 
-def _measured(lab: Laboratory, batch, images, rankings, trained: dict[str, DyRate], stored: Store) -> dict[str, pd.DataFrame]:
-    """The rows of one batch in each table."""
-    prepared = cache(lambda: prepare(lab.model, lab.processor, lab.place, batch, images))
-    scores = {r: cache(lambda r=r: ranked(lab.model, lab.place, prepared(), r, [e.name for e in batch])) for r in rankings}
-    answers = stored.rows(batch, "answers", lambda: answer_rows(batch, prepared()))
-    losses = [
-        stored.rows(batch, f"{ranking} {residency}", lambda: library_losses(lab, scores[ranking](), ranking, residency))
-        for ranking in rankings for residency in LIBRARIES if residency == "mask" or ranking not in STATIC
-    ]  # fmt: skip
-    dynamic = []
-    for name, strategy in trained.items():
-        own = cache(lambda: prepare(lab.model, lab.processor, strategy.predictor.to(lab.model.device), batch, images))
-        for ranking in rankings:
-            what = f"{name} {weights_digest(strategy.predictor)} {ranking}"
-            rows = stored.rows(batch, what, lambda: predictor_rows(lab, own(), scores[ranking](), strategy.predictor))
-            dynamic.append(rows.assign(sample=answers["sample"], task=answers.task, predictor=name, ranking=ranking))
-    return {
-        "answers": answers, "losses": pd.concat([answers[["sample"]], *losses], axis=1),
-        "dyrate": pd.concat(dynamic, ignore_index=True) if dynamic else pd.DataFrame(),
-    }  # fmt: skip
+class Work:
+    """What is measured of one batch. A part is read where it is stored already, and the model does not run for it."""
+
+    def __init__(self, lab: Laboratory, batch: Sequence[Example], images: Sequence, rankings: Sequence[str], stored: Store):
+        self.lab, self.batch, self.images, self.rankings, self.stored = lab, batch, images, rankings, stored
+        self._ranked: dict[str, Prepared] = {}
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        return prepare(self.lab.model, self.lab.processor, self.lab.place, self.batch, self.images)
+
+    @cached_property
+    def answers(self) -> pd.DataFrame:
+        return self.stored.rows(self.batch, "answers", lambda: answer_rows(self.batch, self.prepared))
+
+    def ranks(self, ranking: str) -> Prepared:
+        """The batch with the ranking's scores."""
+        if ranking not in self._ranked:
+            names = [e.name for e in self.batch]
+            self._ranked[ranking] = ranked(self.lab.model, self.lab.place, self.prepared, ranking, names)
+        return self._ranked[ranking]
+
+    def losses(self) -> pd.DataFrame:
+        """The losses of the library under every ranking and residency; under a fixed ranking evicting is masking."""
+        parts = [
+            self.stored.rows(
+                self.batch, f"{ranking} {residency}",
+                lambda ranking=ranking, residency=residency: library_losses(self.lab, self.ranks(ranking), ranking, residency),
+            )
+            for ranking in self.rankings for residency in LIBRARIES if residency == "mask" or ranking not in STATIC
+        ]  # fmt: skip
+        return pd.concat([self.answers[["sample"]], *parts], axis=1)
+
+    def dyrate(self, trained: dict[str, DyRate]) -> pd.DataFrame:
+        """The rows of trained predictors under every ranking."""
+        found = []
+        for name, strategy in trained.items():
+            predictor = strategy.predictor.to(self.lab.model.device)
+            own = cache(lambda p=predictor: prepare(self.lab.model, self.lab.processor, p, self.batch, self.images))
+            for ranking in self.rankings:
+                rows = self.stored.rows(
+                    self.batch, f"{name} {weights_digest(predictor)} {ranking}",
+                    lambda p=predictor, own=own, r=ranking: predictor_rows(self.lab, own(), self.ranks(r), p),
+                )  # fmt: skip
+                found.append(rows.assign(sample=self.answers["sample"], task=self.answers.task, predictor=name, ranking=ranking))
+        return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
 def answer_rows(batch: Sequence[Example], prepared: Prepared) -> pd.DataFrame:
