@@ -185,8 +185,8 @@ def test_predictors_may_be_added_to_a_measured_library(measured, monkeypatch):
 
 def test_predictors_of_another_layer_are_left_out(lab):
     folder = measure.ROOT / "data" / "pocket-plain" / "dyrate"
-    assert measure.trained_here(folder, 2, lab)
-    assert measure.trained_here(folder, 6, lab) == measure.trained_here(None, 2, lab) == {}
+    assert measure.trained_here(folder, 2, lab.model)
+    assert measure.trained_here(folder, 6, lab.model) == measure.trained_here(None, 2, lab.model) == {}
 
 
 # -- choices at equal cost -------------------------------------------------------------------------------------------------
@@ -335,6 +335,29 @@ def test_scores_are_read_between_two_schedules():
     found = confirm.confirmed(pd.DataFrame(rows)).set_index("method")
     assert found.score["schedule"] == pytest.approx(0.7) and found.value["schedule"] == pytest.approx(0.2)
     assert found.unpruned["constant"] == 1 and found.value["constant"] == 0
+
+
+def test_what_is_answered_has_constants_schedules_and_the_predictors_of_its_residency(tables, lab):
+    trained = measure.trained_here(measure.ROOT / "data" / "pocket-plain" / "dyrate", 2, lab.model)
+    asked = confirm.conditions(report.Measured(tables), "evict", [0.4], trained)
+    labels = [c.label for c in asked]
+    assert len(set(labels)) == len(labels) == 1 + 4 + 2 * 2 + len(trained) and {c.method for c in asked} >= {"DyRate evict-0.33"}
+    assert not any(c.method.startswith("DyRate") for c in confirm.conditions(report.Measured(tables), "mask", [], trained))
+
+
+def test_a_predictor_is_held_against_a_constant_of_its_own_retention():
+    lines = [("Full", "Full", np.nan, 1.0, 1.0)]
+    lines += [(f"constant {kept:g}", "constant", kept, kept, score) for kept, score in ((0.2, 0.4), (0.4, 0.6))]
+    lines += [(f"curves-0.3-seed{i}", "DyRate curves-0.3", np.nan, kept, 0.7) for i, kept in enumerate((0.25, 0.35))]
+    rows = pd.DataFrame([
+        {"label": label, "method": method, "budget": budget, "task": task, "sample": i, "retention": kept, "score": score}
+        for label, method, budget, kept, score in lines for task in ("qa_place", "qa_count") for i in range(4)
+    ])  # fmt: skip
+    (found,) = confirm.controllers(rows).to_dict("records")
+    assert [found[k] for k in ("constant", "value", "retention")] == pytest.approx([0.5, 0.2, 0.3])
+    assert found["low"] < 0.2 < found["high"] and (found["n"], found["seeds"]) == (8, 2)  # the trainings' own retentions differ
+    with pytest.raises(ValueError, match="outside the constants"):
+        confirm.controllers(rows.assign(retention=rows.retention.where(rows.method != "DyRate curves-0.3", 0.5)))
 
 
 def test_the_chapter_says_what_is_there(tables):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from study.headroom.confirm import confirm, score
+from study.headroom.confirm import BUDGETS, confirm, score
 from study.headroom.measure import TASKS, measure, measure_predictors
 from study.headroom.rankings import RANKINGS
 from study.headroom.report import report
@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     reporting = subparsers.add_parser("report", help="headroom.json, from measured losses")
     confirming = subparsers.add_parser("confirm", help="answers under the best schedules, from measured losses")
     confirming.add_argument("--n", type=int, default=100, help="answers a task")
+    confirming.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="of the schedules")
+    confirming.add_argument("--predictors", type=Path, help="a folder of trained ones, to answer too")
     confirming.add_argument("--out", type=Path, required=True)
     confirming.add_argument("--store", type=Path, default=Path("build/answers"), help="finished batches")
     confirming.add_argument("--batch-size", type=int, default=100)

@@ -1,4 +1,4 @@
-"""The best schedules on generated answers: what teacher-forced losses promised, on scenes that did not choose them.
+"""The best schedules, and trained predictors, on generated answers: what teacher-forced losses promised, on other scenes.
 
 A schedule rarely meets a budget by itself. The two that the frontier mixes, below and above it, both answer; the mean score at
 the budget is read between them at their measured mean retention, as the teacher-forced loss is.
@@ -6,6 +6,7 @@ the budget is read between them at their measured mean retention, as the teacher
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +18,20 @@ import dyrate
 from dyrate.atomic import write_whole
 from dyrate.data import Examples
 from dyrate.strategies.controls import Constant, MeanTrajectory
+from dyrate.strategies.dyrate import DyRate
 from dyrate.strategies.full import Full
 from dyrate.strategy import Strategy
 from study.answers import Condition, answer_all
 from study.controls import TaskSchedule
 from study.examples import examples
-from study.headroom.frontier import Library, choices, number, of_mean, of_task, resampled
+from study.headroom.frontier import Library, choices, number, of_mean, of_task, over_trainings, resampled
 from study.headroom.library import LIBRARIES, Trajectory
-from study.headroom.report import Measured, library
+from study.headroom.measure import trained_here
+from study.headroom.report import Measured, library, recipe_of
 from study.scores import scored
 
 BUDGETS = (0.25, 0.33)
+CONSTANTS = (0.2, 0.25, 0.33)  # retention ratios between which a constant is read at a predictor's own
 OTHER_SCENES = 100_000  # those that chose the schedules come before
 MAX_NEW_TOKENS = 100
 STEPS = 128  # of a schedule; its last rate goes on
@@ -55,12 +59,13 @@ def strategy_of(method: str, chosen: dict[str, Trajectory], **common) -> Strateg
     return MeanTrajectory(rates=next(iter(rates.values())), **common)
 
 
-def conditions(measured: Measured, residency: str) -> list[Condition]:
-    """No pruning; at each budget the constant, and the schedules on both sides of it, of all tasks and of each."""
+def conditions(measured: Measured, residency: str, budgets: Sequence[float], trained: dict[str, DyRate]) -> list[Condition]:
+    """No pruning; constants; at each budget the schedules on both sides of it, of all tasks and of each; trained predictors."""
     common = {"first_pruned_layer": measured.layer, "residency": residency}
     found = [Condition("Full", Full(), "Full")]
-    for budget in BUDGETS:
-        found.append(Condition(f"constant {budget:g}", Constant(rate=1 - budget, **common), "constant", budget))
+    for retention in sorted({*CONSTANTS, *budgets}):
+        found.append(Condition(f"constant {retention:g}", Constant(rate=1 - retention, **common), "constant", retention))
+    for budget in budgets:
         for method in METHODS:
             for side, choice in zip(
                 ("below", "above"), bracket(library(measured, "FastV", residency), method, budget), strict=True
@@ -68,6 +73,9 @@ def conditions(measured: Measured, residency: str) -> list[Condition]:
                 chosen = dict(zip(measured.about["tasks"], (LIBRARIES[residency][i] for i in choice), strict=True))
                 strategy = strategy_of(method, chosen, **common)
                 found.append(Condition(f"{method} {budget:g} {side}", strategy, method, budget))
+    for name, strategy in trained.items():
+        if strategy.residency == residency:
+            found.append(Condition(name, strategy, f"DyRate {recipe_of(name)}"))
     return found
 
 
@@ -77,13 +85,16 @@ def questions(measured: Measured, n: int) -> Examples:
 
 
 def confirm(
-    folder: Path, n: int, out: Path, *, layer: int = 2, residency: str = "evict", store: Path = Path("build/answers"),
-    batch_size: int = 100,
+    folder: Path, n: int, out: Path, *, layer: int = 2, residency: str = "evict", budgets: Sequence[float] = BUDGETS,
+    predictors: Path | None = None, store: Path = Path("build/answers"), batch_size: int = 100,
 ) -> None:  # fmt: skip
-    """Answer `n` questions a task under each condition and write the answers into `out`. folder: of the measured losses."""
+    """Answer `n` questions a task under each condition and write the answers into `out`.
+
+    folder: of the measured losses; predictors: a folder of trained ones, to answer too.
+    """
     measured = Measured(folder, layer)
-    wanted = conditions(measured, residency)
     model, processor = dyrate.load(measured.name, dtype=torch.float32)
+    wanted = conditions(measured, residency, budgets, trained_here(predictors, layer, model))
     how = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": batch_size}
     rows = answer_all(model, processor, wanted, questions(measured, n), store, **how)
     path = out / _file(layer, residency)
@@ -113,13 +124,8 @@ def generated(folder: Path, *, layer: int = 2, residency: str = "evict") -> pd.D
 
 
 def confirmed(rows: pd.DataFrame) -> pd.DataFrame:
-    """Score and gain on the constant of each method at the constant's measured retention, tasks weighted equally, answers paired.
-
-    Scores are shares of right answers and slots; captions' CIDEr is taken as a share of the unpruned.
-    """
-    unpruned = rows[(rows.method == "Full") & (rows.task == "caption")].score.mean()
-    rows = rows.assign(score=rows.score.where(rows.task != "caption", rows.score / unpruned))
-    wide = {column: rows.pivot(index=["task", "sample"], columns="label", values=column) for column in ("score", "retention")}
+    """Score and gain on the constant of each method at the constant's measured retention; tasks weigh alike, answers are paired."""
+    wide = _wide(rows)
     weights, n = resampled(wide["score"].index.get_level_values("task").to_numpy()), len(wide["score"])
     table = []
     for budget, of_budget in rows[rows.method != "Full"].groupby("budget"):
@@ -131,6 +137,40 @@ def confirmed(rows: pd.DataFrame) -> pd.DataFrame:
             row = {"budget": budget, "retention": retention[0], "method": method, "score": scores[0]}
             table.append(row | number(scores - reached["constant"], n))
     return pd.DataFrame(table).assign(unpruned=weights[0] @ wide["score"]["Full"].to_numpy())
+
+
+def controllers(rows: pd.DataFrame) -> pd.DataFrame:
+    """Trained predictors against one constant rate for all tasks at their own measured mean retention, read between constants.
+
+    One row a recipe: retention, score, constant (its score), and the gain with its interval over answers and trainings; tasks
+    weighted equally, answers paired. Raises ValueError where a predictor keeps more or less than every constant.
+    """
+    wide = _wide(rows)
+    weights, n = resampled(wide["score"].index.get_level_values("task").to_numpy()), len(wide["score"])
+    constants = list(rows[rows.method == "constant"].sort_values("budget").label.unique())
+    score, kept = (weights @ wide[column][constants].to_numpy() for column in ("score", "retention"))
+    table = []
+    for method, of in rows[rows.method.str.startswith("DyRate ")].groupby("method", sort=False):
+        labels = list(of.label.unique())
+        own, at = (weights @ wide[column][labels].to_numpy() for column in ("score", "retention"))
+        if (at.min(1) < kept.min(1)).any() or (at.max(1) > kept.max(1)).any():
+            raise ValueError(f"{method} keeps {at[0].min():.3f} to {at[0].max():.3f}, outside the constants {constants}")
+        constant = np.array([np.interp(*of) for of in zip(at, kept, score, strict=True)])
+        drawn = over_trainings(len(labels), len(weights))
+        own, at, constant = (np.take_along_axis(values, drawn, 1).mean(1) for values in (own, at, constant))
+        row = {"recipe": method.removeprefix("DyRate "), "retention": at[0], "score": own[0], "constant": constant[0]}
+        table.append(row | number(own - constant, n) | {"seeds": len(labels)})
+    return pd.DataFrame(table)
+
+
+def _wide(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Score and retention by answer (rows: task, sample) and condition (columns: its label).
+
+    Scores are shares of right answers and slots; captions' CIDEr is taken as a share of the unpruned.
+    """
+    unpruned = rows[(rows.method == "Full") & (rows.task == "caption")].score.mean()
+    rows = rows.assign(score=rows.score.where(rows.task != "caption", rows.score / unpruned))
+    return {column: rows.pivot(index=["task", "sample"], columns="label", values=column) for column in ("score", "retention")}
 
 
 def _between(

@@ -204,12 +204,18 @@ def against_constant(
     for name in ("constant", "schedule", "best for each answer"):
         of = curves(library)[name]
         each[name] = np.stack([of.at(each["cost"][:, s]) for s in range(seeds)], 1)
-    drawn = np.random.default_rng(seed).integers(0, seeds, (len(weights), seeds))
-    drawn[0] = np.arange(seeds)
+    drawn = over_trainings(seeds, len(weights), seed)
     mean = {name: np.take_along_axis(values, drawn, 1).mean(1) for name, values in each.items()}
     gain, headroom = mean["constant"] - mean["controller"], mean["constant"] - mean["best for each answer"]
     found = mean | {"gain": gain, "headroom": headroom, "captured": gain / headroom}
     return {name: number(values, n) | {"seeds": seeds} for name, values in found.items()}
+
+
+def over_trainings(seeds: int, resamples: int, seed: int = 0) -> Int[np.ndarray, "resample seed"]:
+    """Trainings drawn with replacement in each resample; all of them, once each, in the first."""
+    drawn = np.random.default_rng(seed).integers(0, seeds, (resamples, seeds))
+    drawn[0] = np.arange(seeds)
+    return drawn
 
 
 def best_of(library: Library, controllers: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, dict]:

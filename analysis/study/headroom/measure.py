@@ -60,7 +60,7 @@ def measure(
 ) -> None:  # fmt: skip
     """Measure `n` test answers a task and write the tables into `out`. predictors: a folder of trained ones for this model."""
     lab = Laboratory.load(model, layer)
-    trained = trained_here(predictors, layer, lab)
+    trained = trained_here(predictors, layer, lab.model)
     stored = Store(store, lab)
     tables: dict[str, list[pd.DataFrame]] = {"answers": [], "losses": [], "dyrate": []}
     for batch, images in _batches(lab, source, n, tasks, batch_size):
@@ -84,7 +84,7 @@ def measure_predictors(
     """
     about = json.loads((folder / f"headroom_layer{layer}_about.json").read_text())
     lab = Laboratory.load(about["model"], layer)
-    trained = trained_here(predictors, layer, lab)
+    trained = trained_here(predictors, layer, lab.model)
     if not trained:
         raise FileNotFoundError(f"no predictor in {predictors} prunes from layer {layer} on")
     known = pd.read_csv(folder / f"headroom_layer{layer}_answers.csv.gz")
@@ -116,7 +116,7 @@ def _write(path: Path, table: pd.DataFrame) -> None:
     write_whole(path, lambda path: rows.to_csv(path, index=False, compression="gzip", float_format="%.3g"))
 
 
-def trained_here(folder: Path | None, layer: int, lab: Laboratory) -> dict[str, DyRate]:
+def trained_here(folder: Path | None, layer: int, model: nn.Module) -> dict[str, DyRate]:
     """The trained predictors in a folder that prune from this layer on, by name; none without a folder.
 
     Raises ValueError for one that was trained for another model.
@@ -125,7 +125,7 @@ def trained_here(folder: Path | None, layer: int, lab: Laboratory) -> dict[str, 
     trained = {name: DyRate.from_pretrained(path) for name, path in found.items()}
     here = {name: strategy for name, strategy in trained.items() if strategy.first_pruned_layer == layer}
     for strategy in here.values():
-        strategy.predictor.check_fits(lab.model)
+        strategy.predictor.check_fits(model)
     return here
 
 

@@ -23,6 +23,11 @@ PAPER = re.compile(r"(evict|mask|paper)-[0-9.]+")  # folders of predictors that 
 BEST_OTHER = "best other recipe"
 
 
+def recipe_of(name: str) -> str:
+    """The recipe in the name of a trained predictor's folder: the name without its seed."""
+    return re.sub(r"-seed\d+$", "", name)
+
+
 @dataclass(eq=False)
 class Measured:
     """The tables of one laboratory and first pruned layer, as `study.headroom.measure` wrote them."""
@@ -79,7 +84,7 @@ class Measured:
         rows = self.dyrate[(self.dyrate.ranking == ranking) & (self.dyrate.residency == residency)]
         found: dict[str, list[pd.DataFrame]] = {}
         for name, of in rows.groupby("predictor", sort=True):
-            found.setdefault(re.sub(r"-seed\d+$", "", name), []).append(of.set_index("sample").loc[self.answers["sample"]])
+            found.setdefault(recipe_of(name), []).append(of.set_index("sample").loc[self.answers["sample"]])
         return found
 
 
