@@ -124,7 +124,7 @@ def generated(folder: Path, *, layer: int = 2, residency: str = "evict") -> pd.D
 
 
 def confirmed(rows: pd.DataFrame) -> pd.DataFrame:
-    """Score and gain on the constant of each method at the constant's measured retention; tasks weigh alike, answers are paired."""
+    """Score and gain on the constant of each method at its retention; tasks weigh alike, answers are paired."""
     wide = _wide(rows)
     weights, n = resampled(wide["score"].index.get_level_values("task").to_numpy()), len(wide["score"])
     table = []
