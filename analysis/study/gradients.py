@@ -1,8 +1,14 @@
-"""Why the paper's recipe finds no more than a constant: rates that decide nothing, and gradients with the wrong sign."""
+"""Why the paper's recipe finds no more than a constant: rates that decide nothing, and gradients with the wrong sign.
+
+python -m study.gradients --model pocket-plain --n 50 --out data/results/pocket-plain    # two cores: minutes
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -10,8 +16,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+import dyrate
+from dyrate.atomic import write_whole
+from dyrate.models import describe
 from dyrate.predictor import BELL, RatePredictor
-from dyrate.teacher_forcing import Prepared, answer_losses, frozen
+from dyrate.strategies.dyrate import DyRate
+from dyrate.teacher_forcing import Prepared, answer_losses, frozen, prepare_examples
+from study.examples import examples
+from study.profiles import ROOT
+
+TASKS = ("caption", "description", "look_late", "qa_long_word")
+PATTERN = "evict-*"  # predictors that were trained as the paper does
+RATE = 0.75  # at which slopes are taken
 
 
 def gradient_of_choices(
@@ -31,7 +47,7 @@ def inert(indices: Int[Tensor, "batch step"]) -> Bool[Tensor, "batch step"]:
 
 
 def inert_rows(model, predictor: RatePredictor, batches: Sequence[Prepared]) -> pd.DataFrame:
-    """One row a step of each answer under the predictor's own rates, for residency "evict".
+    """One row a step of each answer under the predictor's own rates, for residency "evict". answer: its number.
 
     inert: the rate evicts nothing. lower: the longest difference that any lower rate makes in the straight-through gradient,
     which is what could tell this step to keep more; NaN at rate 0, below which there is none.
@@ -44,8 +60,10 @@ def inert_rows(model, predictor: RatePredictor, batches: Sequence[Prepared]) -> 
         below = torch.arange(len(predictor.rates), device=indices.device) < indices[..., None]
         lower = ((gradient - here).abs() * below).amax(-1).masked_fill(indices == 0, torch.nan)
         values = zip(inert(indices)[prepared.valid].tolist(), lower[prepared.valid].tolist(), strict=True)
-        tasks = [task for task, n in zip(prepared.tasks, prepared.valid.sum(1).tolist(), strict=True) for _ in range(n)]
-        rows += [{"task": task, "inert": a, "lower": b} for task, (a, b) in zip(tasks, values, strict=True)]
+        first = rows[-1]["answer"] + 1 if rows else 0
+        lengths = zip(prepared.tasks, prepared.valid.sum(1).tolist(), strict=True)
+        steps = [{"answer": first + i, "task": task} for i, (task, n) in enumerate(lengths) for _ in range(n)]
+        rows += [step | {"inert": a, "lower": b} for step, (a, b) in zip(steps, values, strict=True)]
     return pd.DataFrame(rows)
 
 
@@ -90,3 +108,39 @@ def _shift(grid: Float[Tensor, " rate"], here: int, temperature: float) -> Float
     probability = (-(((grid - grid[here]) / BELL) ** 2) / temperature).softmax(0)
     tilted = probability * (grid - (probability * grid).sum())
     return tilted / (tilted * grid).sum()
+
+
+def measure(model: str, n: int, out: Path, *, batch_size: int = 10) -> None:
+    """Measure `n` test answers a task, in float32, and write `gradients_<inert|slopes>.csv.gz` and `gradients.json` into `out`.
+
+    Raises FileNotFoundError if the model has no predictor of the paper's recipe.
+    """
+    folders = sorted((ROOT / "data" / model / "dyrate").glob(PATTERN))
+    if not folders:
+        raise FileNotFoundError(f"no predictor {PATTERN} in data/{model}/dyrate: train one with `python analysis/train.py`")
+    loaded, processor = dyrate.load(model, dtype=torch.float32)
+    asked, inert_of, slopes = examples("laboratories", n, tasks=TASKS, split="test"), [], None
+    for folder in folders:
+        predictor = DyRate.from_pretrained(folder).predictor.to(loaded.device)
+        batches = prepare_examples(loaded, processor, predictor, asked, batch_size)
+        inert_of.append(inert_rows(loaded, predictor, batches).assign(predictor=folder.name))
+        if slopes is None:  # a slope depends on the grid and the layer of the predictor, not on its weights
+            slopes = slope_rows(loaded, predictor, batches, RATE)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("inert", pd.concat(inert_of, ignore_index=True)), ("slopes", slopes)):
+        settings = {"index": False, "compression": "gzip", "float_format": "%.4g"}
+        write_whole(out / f"gradients_{name}.csv.gz", lambda path, rows=rows: rows.to_csv(path, **settings))
+    record = {"model": model, "n": n, **describe(loaded), "rate": RATE, "tasks": TASKS, "torch": torch.__version__}
+    write_whole(out / "gradients.json", json.dumps(record, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True, help="a laboratory with trained predictors: pocket-plain, pocket-dropped, smol")
+    parser.add_argument("--n", type=int, default=50, help="answers a task")
+    parser.add_argument("--out", type=Path, required=True)
+    measure(**vars(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    main()

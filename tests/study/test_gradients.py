@@ -26,8 +26,10 @@ def test_a_rate_is_inert_unless_it_is_the_highest_so_far():
 def test_no_lower_rate_has_another_gradient_where_the_rate_is_inert():
     model, predictor, prepared = prepared_and_predictor()
     predictor.linear.bias.data[4] = 9
+    assert list(inert_rows(model, predictor, [prepared, prepared]).answer.unique()) == [0, 1, 2, 3]
     rows = inert_rows(model, predictor, [prepared])
-    assert len(rows) == 9 and list(rows.inert) == [False] + [True] * 5 + [False] + [True] * 2
+    assert list(rows.answer) == [0] * 6 + [1] * 3
+    assert list(rows.inert) == [False] + [True] * 5 + [False] + [True] * 2
     assert rows[rows.inert].lower.max() < 1e-7 < rows[~rows.inert].lower.min()
 
 

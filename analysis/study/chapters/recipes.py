@@ -1,0 +1,181 @@
+"""Chapter 13, why the paper's recipe gains nothing, and which one does. Drawn from committed rows; nothing is measured here.
+
+The rows are those of `study.headroom` (losses and answers of trained predictors) and of `study.gradients`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pandas as pd
+
+from study.book import Chapter
+from study.chapters.headroom import SIGNED, at_hand, label
+from study.headroom.confirm import MAX_NEW_TOKENS, controllers, generated, questions
+from study.headroom.report import BEST_OTHER, PAPER, Measured
+from study.intervals import bootstrap, in_words
+
+DISTANCE = 4  # steps of the grid on both sides over which a slope counts as measured
+MEASURED, BACKWARD = "measured", "backward"
+
+
+@cache
+def losses(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
+    """What each recipe gains on the constant of its own mean retention, teacher-forced: rows of chapter 12."""
+    table = at_hand(laboratories)
+    return table[table.recipe != BEST_OTHER].reset_index(drop=True)
+
+
+@cache
+def answers(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
+    """The same in the score of generated answers; laboratories without any are left out."""
+    found = [controllers(generated(lab.folder, layer=lab.layer)).assign(laboratory=label(lab)) for lab in answered(laboratories)]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["laboratory", "recipe"])
+
+
+def answered(laboratories: tuple[Measured, ...]) -> list[Measured]:
+    """Laboratories in which trained predictors have generated answers."""
+    files = {lab: lab.folder / f"headroom_layer{lab.layer}_generated_evict.csv.gz" for lab in laboratories}
+    there = [lab for lab, path in files.items() if path.exists()]
+    return [lab for lab in there if generated(lab.folder, layer=lab.layer).method.str.startswith("DyRate ").any()]
+
+
+def by_task(lab: Measured) -> pd.DataFrame:
+    """Mean retention and score of each recipe's generated answers to each task, beside no pruning and a constant rate."""
+    rows = generated(lab.folder, layer=lab.layer)
+    rows = rows[(rows.method == "Full") | (rows.label == "constant 0.25") | rows.method.str.startswith("DyRate ")]
+    means = rows.groupby(["method", "task"], sort=False)[["retention", "score"]].mean().unstack("method")
+    shown = pd.DataFrame({"task": means.index.str.replace("_", " "), "unpruned": means["score"]["Full"].to_numpy()})
+    shown["constant of 25 %"] = means["score"]["constant"].to_numpy()
+    for method in (m for m in means["score"] if m.startswith("DyRate ")):
+        for what in ("retention", "score"):
+            shown[f"{method.removeprefix('DyRate ')}: {what}"] = means[what][method].to_numpy()
+    return shown
+
+
+def gradients(lab: Measured, what: str) -> pd.DataFrame:
+    """Rows of `study.gradients` of a laboratory. Raises FileNotFoundError that says how to measure them."""
+    path = lab.folder / f"gradients_{what}.csv.gz"
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}: `python -m study.gradients --model {lab.name}` measures it")
+    return pd.read_csv(path)
+
+
+def inert(lab: Measured) -> pd.DataFrame:
+    """Share of the steps whose rate evicts nothing under the paper's predictors: by task, and over all, with intervals.
+
+    A share is of one answer, mean over trainings; intervals are over answers.
+    """
+    rows = gradients(lab, "inert")
+    shares = rows.groupby(["task", "answer"], sort=False).inert.mean()
+    table = [{"task": task, **bootstrap(of)} for task, of in shares.groupby("task", sort=False)]
+    return pd.DataFrame([*table, {"task": "all", **bootstrap(shares)}])
+
+
+def slopes(lab: Measured) -> pd.DataFrame:
+    """Slope of the loss by the drop rate at one rate: measured, and what the gradient says at each temperature; by task."""
+    rows = gradients(lab, "slopes")
+    rows = rows[(rows.kind == BACKWARD) | ((rows.kind == MEASURED) & (rows["size"] == DISTANCE))]
+    groups = rows.groupby(["task", "kind", "size"], sort=False).slope
+    return pd.DataFrame([dict(zip(("task", "kind", "size"), key, strict=True)) | bootstrap(of) for key, of in groups])
+
+
+def wrong_signs(table: pd.DataFrame) -> dict[float, list[str]]:
+    """The tasks in which the gradient has another sign than the measured slope, by temperature; table: `slopes`."""
+    truth = table[table.kind == MEASURED].set_index("task").value
+    rows = table[table.kind == BACKWARD]
+    return {size: [t for t, v in zip(of.task, of.value, strict=True) if v * truth[t] < 0] for size, of in rows.groupby("size")}
+
+
+def losses_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """`losses` for the page."""
+    if table.empty:
+        return pd.DataFrame({"laboratory": ["no predictor is trained for these models yet"]})
+    return pd.DataFrame({
+        "laboratory": table.laboratory, "recipe": table.recipe, "trainings": table.seeds, "answers": table.n,
+        "measured retention": table.retention, "constant": table.constant, "DyRate": table.controller,
+        "gain on the constant": [in_words(row, SIGNED) for row in table.to_dict("records")],
+        "captured headroom": [f"{100 * r.captured:.0f} % ({100 * r.captured_low:.0f} to {100 * r.captured_high:.0f})"
+                              for r in table.itertuples()],
+    })  # fmt: skip
+
+
+def answers_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """`answers` for the page."""
+    if table.empty:
+        return pd.DataFrame({"laboratory": ["no answers of trained predictors are generated yet"]})
+    return pd.DataFrame({
+        "laboratory": table.laboratory, "recipe": table.recipe, "trainings": table.seeds, "answers": table.n,
+        "measured retention": table.retention, "constant": table.constant, "DyRate": table.score,
+        "gain on the constant": [in_words(row, SIGNED) for row in table.to_dict("records")],
+    })  # fmt: skip
+
+
+def finding(laboratories: tuple[Measured, ...]) -> str:
+    """What each recipe gains in losses and in answers, and why the paper's gains nothing."""
+    parts = [f"{_loss_said(row)} on {row['laboratory']}" for row in losses(laboratories).to_dict("records")]
+    text = "**Against one constant rate of the same measured mean retention, with FastV's ranking and eviction, "
+    text += f"{'; '.join(parts)}.**" if parts else "nothing has been trained yet.**"
+    for row in answers(laboratories).to_dict("records"):
+        better = "higher" if row["low"] > 0 else "lower" if row["high"] < 0 else "not significantly different"
+        text += (
+            f" In {row['n']} generated answers on {row['laboratory']} the score of {_name(row['recipe'])} is {better}: "
+            f"{row['score']:.3f} against {row['constant']:.3f} at a measured mean retention of {row['retention']:.3f}, "
+            f"{in_words(row, SIGNED)}."
+        )
+    return text
+
+
+def _loss_said(row: dict) -> str:
+    side = "lowers" if row["low"] > 0 else "raises" if row["high"] < 0 else "does not significantly change"
+    return (
+        f"{_name(row['recipe'])} {side} the loss (gain {in_words(row, SIGNED)} nats a token at a retention of "
+        f"{row['retention']:.2f}, n = {row['n']}, {row['seeds']} trainings; {100 * row['captured']:.0f} % of the headroom)"
+    )
+
+
+def _name(recipe: str) -> str:
+    return f"the paper's recipe (`{recipe}`)" if PAPER.fullmatch(recipe) else f"`{recipe}`"
+
+
+def reasons(lab: Measured) -> str:
+    """Why the paper's recipe gains nothing, in numbers."""
+    share = inert(lab).set_index("task").loc["all"]
+    rows = gradients(lab, "inert")
+    still = rows[rows.inert].lower.max()
+    table = slopes(lab)
+    n = table[table.kind == MEASURED].task.nunique()
+    wrong = [f"at temperature {size:g} in {len(tasks)} of {n} tasks" for size, tasks in sorted(wrong_signs(table).items())]
+    return (
+        f"On {lab.name} {100 * share.value:.0f} % ({100 * share.low:.0f} to {100 * share.high:.0f}) of the steps evict nothing, "
+        "since their rate is not above an earlier one. For these the straight-through gradient towards any lower rate is zero "
+        f"(largest found: {still:.2g}): nothing teaches a late step to keep more, and only the highest rate so far decides. The "
+        f"slope of the loss by the drop rate has the wrong sign {', '.join(wrong)}."
+    )
+
+
+def record(chapter: Chapter, laboratories: tuple[Measured, ...], lab: Measured) -> None:
+    """The chapter's headline numbers, sentences and tables. lab: whose gradients are shown."""
+    tables = {"losses": losses(laboratories), "answers": answers(laboratories), "inert": inert(lab), "slopes": slopes(lab)}
+    for name, rows in tables.items():
+        if len(rows):
+            chapter.table(f"13_recipes_{name}.csv", rows)
+    for what in ("losses", "answers"):
+        for row in tables[what].to_dict("records"):
+            key = f"{row['laboratory']} {row['recipe']} gain in {what}".replace("-", "_").replace(".", "").replace(" ", "_")
+            chapter.number(key, row)
+    chapter.number("inert_steps", tables["inert"].set_index("task").loc["all"])
+    chapter.text("recipes_finding", finding(laboratories))
+    chapter.text("recipes_reasons", reasons(lab))
+    about = lab.about
+    for of in answered(laboratories):
+        n = generated(of.folder, layer=of.layer).groupby("task")["sample"].nunique().max()
+        chapter.protocol(questions(of, int(n)), max_new_tokens=MAX_NEW_TOKENS)
+    chapter.text(
+        "recipes_measured_on",
+        f"{lab.name} ({about['parameters'] / 1e6:.1f} M parameters), unseen scenes, float32, three trainings of each recipe",
+    )
+    chapter.protocol(f"{gradients(lab, 'inert').answer.nunique()} reference answers, {lab.name}", metric="gradients of the loss")
+    chapter.close()
+
+
