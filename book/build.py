@@ -18,6 +18,7 @@ from pathlib import Path
 import card
 import cite
 import explorer_page
+import front
 import links
 import model_matrix
 import nbformat
@@ -120,6 +121,7 @@ def write_pages(executed: list[Path], repository: str | None) -> Path:
     (BOOK / "_hero.md").write_text(hero(made))
     (BOOK / "models.md").write_text(model_matrix.page())
     (BOOK / "cite.md").write_text(cite.page(repository))
+    front.write(BOOK)
     explorer_page.write_parts(BOOK)
     toc = BOOK / "_toc.generated.yml"
     toc.write_text(yaml.safe_dump(with_pages(yaml.safe_load((BOOK / "_toc.yml").read_text()), {p.stem for p in executed})))

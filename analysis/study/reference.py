@@ -149,8 +149,13 @@ def _asked(part: Part, n: int) -> Examples:
 
 
 def score(source: Path, out: Path) -> None:
-    """Score the measured parts and write them without their texts: what the pages are drawn from."""
+    """Score the measured parts and write them without their texts: what the pages are drawn from.
+
+    Parts that were scored before stay; `devices` in the record names those that were measured on another device than the rest.
+    """
     about = json.loads((source / "about.json").read_text())
+    known = json.loads((out / "reference.json").read_text()) if (out / "reference.json").exists() else about
+    devices = known.get("devices", {})
     for part in parts(about["layers"]):
         if not (source / f"{part.name}.csv.gz").exists():  # measured elsewhere, or before
             continue
@@ -159,7 +164,9 @@ def score(source: Path, out: Path) -> None:
         rows = _with_slots(scored(rows, asked), asked).drop(columns=["answer", "scene"])
         path = out / f"reference_{part.name}.csv.gz"
         write_whole(path, lambda path, rows=rows: rows.to_csv(path, index=False, compression="gzip", float_format="%.6g"))
-    write_whole(out / "reference.json", json.dumps(about, indent=1) + "\n")
+        devices[part.name] = about["device"]
+    elsewhere = {part: device for part, device in devices.items() if device != known["device"]}
+    write_whole(out / "reference.json", json.dumps(known | {"devices": elsewhere}, indent=1) + "\n")
 
 
 def _with_slots(rows: pd.DataFrame, asked: Examples) -> pd.DataFrame:

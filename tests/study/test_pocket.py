@@ -1,5 +1,6 @@
 """The pocket laboratory: scenes follow from seeds, texts are true and grammatical, splits are disjoint, training resumes."""
 
+import hashlib
 import json
 import re
 
@@ -31,6 +32,13 @@ def test_a_seed_determines_scene_picture_and_texts():
         assert (render(a).cover == render(b).cover).all()
         assert language.every_turn(a) == language.every_turn(b)
     assert render(compose(3)).image.tobytes() != render(compose(4)).image.tobytes()
+
+
+def test_painted_words_are_the_same_on_every_machine():
+    """Where libfribidi is installed, Pillow would set letters otherwise: models that were trained without misread such words."""
+    found = {word: hashlib.sha256(scenes._word(word).tobytes()).hexdigest()[:16] for word in ("BOATHOUSE", "SUNLIGHT")}
+    assert found == {"BOATHOUSE": "985d79f2a1fc50fc", "SUNLIGHT": "1180c3809a3ac164"}
+    assert {word: scenes._word(word).width for word in found} == {"BOATHOUSE": 104, "SUNLIGHT": 87}
 
 
 def test_groups_share_no_patch_and_lie_in_their_place():

@@ -371,7 +371,9 @@ def measured_on(laboratories: tuple[Laboratory, ...]) -> str:
     abouts = {lab.name: lab.about for lab in laboratories}
     sizes = [f"{name}: {a['parameters'] / 1e6:.0f} M parameters, {a['layers']} layers" for name, a in abouts.items()]
     n, device = laboratories[0].about["n"], laboratories[0].about["device"]
-    return f"{'; '.join(sizes)}; {n} unseen scenes a task ({4 * n} for the bars), greedy, float32 on an {device}"
+    others = [f"; {part} of {name}: {of}" for name, a in abouts.items() for part, of in a.get("devices", {}).items()]
+    where = f"float32 on an {device}{''.join(others)}"
+    return f"{'; '.join(sizes)}; {n} unseen scenes a task ({4 * n} for the bars), greedy, {where}"
 
 
 def _tasks_said(name: str, moving: list[str], easy: list[str], unable: list[str]) -> str:

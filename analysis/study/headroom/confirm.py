@@ -105,7 +105,7 @@ def score(source: Path, folder: Path, *, layer: int = 2, residency: str = "evict
     """Score answers that `confirm` wrote into `source`, and write them without their texts into the laboratory's folder."""
     rows = pd.read_csv(source / _file(layer, residency), keep_default_na=False, dtype={"sample": str, "scene": str})
     measured, n = Measured(folder, layer), rows.groupby("task")["sample"].nunique().max()
-    columns = ["label", "method", "budget", "sample", "task", "tokens", "retention", "score"]
+    columns = ["label", "method", "budget", "sample", "task", "tokens", "retention", "prefill", "decode", "score"]
     table = scored(rows.assign(budget=pd.to_numeric(rows.budget)), questions(measured, int(n)))[columns]
     path = folder / _file(layer, residency)
     write_whole(path, lambda path: table.to_csv(path, index=False, compression="gzip", float_format="%.6g"))

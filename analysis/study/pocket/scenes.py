@@ -194,7 +194,8 @@ def _word(text: str) -> Image.Image:
 
 
 def _text_mask(text: str, font: str, size: int) -> Image.Image:
-    face = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf" / font), size)
+    path = Path(matplotlib.get_data_path()) / "fonts/ttf" / font
+    face = ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)  # the other needs what a system may lack
     left, top, right, bottom = face.getbbox(text)
     mask = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(mask).text((-left, -top), text, fill=255, font=face)

@@ -1,0 +1,62 @@
+"""The front page's figure: score against measured retention and against computation, on the laboratory without random dropping.
+
+Drawn from committed rows: methods from the reference run, DyRate's predictors from the generated answers of `study.headroom`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from study.chapters.laboratories import Laboratory
+from study.headroom.confirm import generated
+from study.headroom.frontier import number, resampled
+from study.headroom.report import PAPER
+
+METHODS = ("FastV", "SparseVLM", "PyramidDrop", "VisionZip", "RandomPrune")
+TASKS = ("description", "qa_reading", "qa_long_word", "qa_two_step")  # whose score is a share of what is right; of both runs
+
+
+def points(lab: Laboratory) -> pd.DataFrame:
+    """One row a method and retention ratio: name, score (value, low, high, n), measured retention, macs_share; tasks weigh alike.
+
+    "unpruned" is the reference run's. A laboratory without generated answers has no rows of DyRate.
+    """
+    asked = pd.concat([lab.rows(part) for part in ("methods", "questions")])
+    rows = [_point("unpruned", asked[asked.method == "Full"], asked[asked.method == "Full"])]
+    for method in METHODS:
+        for _, of in asked[asked.method == method].groupby("budget"):
+            rows.append(_point(method, of, asked[asked.method == "Full"]))
+    try:
+        answers = generated(Path(lab.folder))
+    except FileNotFoundError:
+        return pd.DataFrame(rows)
+    full = answers[answers.method == "Full"]
+    for method, of in answers[answers.method.str.startswith("DyRate ")].groupby("method"):
+        recipe = method.removeprefix("DyRate ")
+        name = "the paper's recipe" if PAPER.fullmatch(recipe) else recipe.split("-")[0]
+        rows.append(_point(f"DyRate, {name}", of, full))
+    return pd.DataFrame(rows)
+
+
+def _point(name: str, rows: pd.DataFrame, full: pd.DataFrame) -> dict:
+    """The mean over TASKS, with the interval over answers; several trainings of one method count with their mean."""
+    keys = ["task", "sample"]
+    means = rows[rows.task.isin(TASKS)].assign(macs=lambda r: r.prefill + r.decode).groupby(keys)
+    means = means[["score", "retention", "macs"]].mean()
+    whole = full[full.task.isin(TASKS)].assign(macs=lambda r: r.prefill + r.decode).groupby("task").macs.mean().mean()
+    weights = resampled(means.index.get_level_values("task").to_numpy())
+    found = {"name": name, "retention": weights[0] @ means.retention, "macs_share": weights[0] @ means.macs / whole}
+    return found | number(weights @ means.score.to_numpy(), len(means))
+
+
+def said(table: pd.DataFrame, name: str) -> str:
+    """The caption's second half: what was measured."""
+    counts = " and ".join(f"{n:,}" for n in sorted(set(table.n)))
+    return (
+        f"{name}, mean of {len(TASKS)} tasks (descriptions: right slots; questions on painted words and on two things at once: "
+        f"right answers), n = {counts} answers a point, greedy; bars and band: 95 % bootstrap intervals. Retention is measured: "
+        "the mean over the steps of an answer and the stages of pruning. Multiply-accumulates: the decoder's, prefill and decode "
+        "with a cache."
+    )
