@@ -1,6 +1,7 @@
 # make book      measure with the profile and build the book into book/_build/html
 # make test      run the tests
 # make bench     time strategies against the limit; make predictors: train DyRate's predictors for the pocket LLaVA
+# make recipes   train pocket-plain's predictors of another recipe, and measure chapter 13's rows
 # make smol      fetch SmolLM2-135M and put the laboratory `smol` together in build/smol
 # make pocket    train the pocket LLaVA anew (GPU: minutes, two cores: hours; resumes where it stopped); so make twins (the
 #                control without dropping, and its twin) and make smol-training
@@ -9,8 +10,10 @@ PROFILE ?= pocket
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python
+PLAIN := data/pocket-plain
+ROWS := data/results/pocket-plain
 
-.PHONY: book study html test check-results bench predictors quality pocket twins smol smol-training clean
+.PHONY: book study html test check-results bench predictors recipes quality pocket twins smol smol-training clean
 .DELETE_ON_ERROR:
 
 book: study html
@@ -44,6 +47,17 @@ predictors: .venv/installed
 	for seed in 0 1 2 3 4; do $(RUN) analysis/train.py --budget 0.33 --seed $$seed --out data/pocket/dyrate/evict-0.33-seed$$seed || exit 1; done
 	for budget in 0.25 0.5 0.75; do $(RUN) analysis/train.py --budget $$budget --out data/pocket/dyrate/evict-$$budget-seed0 || exit 1; done
 	$(RUN) analysis/train.py --budget 0.33 --residency mask --out data/pocket/dyrate/mask-0.33-seed0
+
+recipes: .venv/installed
+	for seed in 0 1 2; do $(RUN) analysis/train.py --model pocket-plain --source laboratories --n-train 96 \
+	  --tasks caption description look_late backwards qa_reading qa_long_word qa_two_step qa_place --batch 16 --batch-size 128 \
+	  --recipe curves --features log_shares --ordered --once --steps 800 --accumulate 16 --budget 0.25 --seed $$seed \
+	  --dtype float32 --out $(PLAIN)/dyrate/curves-0.25-seed$$seed || exit 1; done
+	$(RUN) -m study.headroom predictors --folder $(ROWS) --predictors $(PLAIN)/dyrate
+	$(RUN) -m study.headroom confirm --n 200 --budgets 0.25 --folder $(ROWS) --predictors $(PLAIN)/dyrate --out build/confirmed
+	$(RUN) -m study.headroom score --from build/confirmed --folder $(ROWS)
+	$(RUN) -m study.headroom report --folder $(ROWS)
+	$(RUN) -m study.gradients --model pocket-plain --n 50 --out $(ROWS)
 
 quality: .venv/installed
 	$(RUN) -m study.quality
