@@ -51,8 +51,8 @@ def test_the_finding_has_every_budget():
         "**With `a`, a linear predictor meets its 3 budgets within 2.0 points of retention. At equal retention its loss is lower "
         "than a constant rate's at 1 and higher at 1 of 3: +0.100 (+0.050 to +0.200) at 0.25, +0.000 (-0.100 to +0.100) at 0.5, "
         "-0.100 (-0.200 to -0.050) at 0.75 (predictor minus constant, nats a token).** Its rates rise over a description at 1 "
-        "and fall at 1 of them. 95 % intervals, n = 8 unseen answers, one seed of training for each budget. Equal retention is not "
-        "equal computation."
+        "and fall at 1 of them. 95 % intervals, n = 8 unseen answers, one seed of training for each budget. Equal retention is "
+        "not equal computation."
     )
     short = {0.25: answers(0.1, 0.9)}
     text = predictor.finding(measured_with(minus_constant=versus[:1], teacher_forced=short, retention=retention[:1]))

@@ -248,8 +248,8 @@ def finding(measured: Predictors) -> str:
     return (
         f"**With {measured.place}, a linear predictor meets {budgets} within {measured.worst_miss:.1f} points of retention. At "
         f"equal retention its loss is lower than a constant rate's at {lower} and higher at {higher} of {len(versus)}: {losses} "
-        f"(predictor minus constant, nats a token).** {rates if change.n.any() else ''}95 % intervals, n = {versus.n.max()} unseen "
-        "answers, one seed of training for each budget. Equal retention is not equal computation."
+        f"(predictor minus constant, nats a token).** {rates if change.n.any() else ''}95 % intervals, n = {versus.n.max()} "
+        "unseen answers, one seed of training for each budget. Equal retention is not equal computation."
     )
 
 
