@@ -282,8 +282,8 @@ def finding(table: pd.DataFrame, rows: pd.DataFrame, place: str) -> str:
         f"**With {place}, at an equal mean retention of {budget:.2f}, {'; '.join(main)}.** "
         + (f"{'; '.join(whole)}. " if whole else "")
         + f"Differences in score with 95 % intervals over {pooled.n.max()} scenes and "
-        f"{_counted(pooled.seeds.max(), 'training seed')}, on {_counted(len(tasks) - bool(apart), 'task')}{apart}. Equal retention is not equal computation; of the unpruned "
-        f"multiply-accumulates: {costs}."
+        f"{_counted(pooled.seeds.max(), 'training seed')}, on {_counted(len(tasks) - bool(apart), 'task')}{apart}. Equal "
+        f"retention is not equal computation; of the unpruned multiply-accumulates: {costs}."
     )
 
 
