@@ -68,7 +68,7 @@ def test_one_depth_that_fades_is_part_of_the_fall():
     text = attention.finding(pd.DataFrame(rows), "`m`")
     assert "part of the fall of the image's share is dilution" in text
     assert (
-        "in deep layers its share of all attention falls by 20.0 % (-21.0 to -19.0 %), of the attention that does not go" in text
+        "in deep layers its share of all attention falls by 20.0 % (-21.0 to -19.0 %), of the attention that" in text
     )
     assert "to the response it rises by 10.0 % (+9.0 to +11.0 %)" in text
     assert text.count("beside an average token it shows no significant change (-1.0 to +1.0 %)") == 2

@@ -553,8 +553,8 @@ def finding(errata: Sequence[Erratum], left: float) -> str:
     return (
         f"**This is a list of slips in the DyRate paper (arXiv:2501.14204), found by computing its equations and tables again: "
         f"{counted}.** They are those that were looked for, not a sample of the paper's figures, and no model was run for them. "
-        f"What matters most to a reader: for LLaVA-1.5-7B the columns Nocaps and Flickr30k are swapped, {left:.2f} % of the FLOPs "
-        "is what is left and not what is saved, and several rows that stand together were made under different protocols."
+        f"What matters most to a reader: for LLaVA-1.5-7B the columns Nocaps and Flickr30k are swapped, {left:.2f} % of the "
+        "FLOPs is what is left and not what is saved, and several rows that stand together were made under different protocols."
     )
 
 
