@@ -194,6 +194,11 @@ def images_in_words(examples: Examples) -> str:
     return f"{n} {kind}{left_out(examples)}"
 
 
+def model_and_images(model: str, examples: Examples) -> str:
+    """The model and the kind of images that it was asked about, for a headline: "`pocket` (synthetic scenes)"."""
+    return f"`{model}` ({'synthetic scenes' if has_scenes(examples) else f'photographs of `{examples.source}`'})"
+
+
 def _chosen(names: list[str], n: int | None, seed: int, split: str | None) -> list[str]:
     """`n` of a split of the names: by name, so that a photograph stays where it is when others come."""
     if split is not None:

@@ -82,8 +82,8 @@ def test_a_line_that_trains_is_trained_once(tmp_path, monkeypatch):
 def test_a_line_is_compared_with_a_constant_at_the_same_retention():
     def line(group, label, retention, score):
         return [
-            {"group": group, "label": label, "task": "t", "sample": f"s{i}", "score": score + i, "retention": retention,
-             "prefill": 1, "decode": 1, "tokens": 1} for i in range(6)
+            {"group": group, "label": label, "method": "X", "task": "t", "sample": f"s{i}", "score": score + i,
+             "retention": retention, "prefill": 1, "decode": 1, "tokens": 1} for i in range(6)
         ]  # fmt: skip
 
     constants = [*line(ablations.CONSTANT, "0.5", 0.5, 0.8), *line(ablations.CONSTANT, "0.2", 0.2, 0.2)]
@@ -94,17 +94,18 @@ def test_a_line_is_compared_with_a_constant_at_the_same_retention():
     assert over[["same", "between"]].tolist() == pytest.approx([0.1, 0.3 - 0.4])
     assert np.isnan(over["too few"]) and table.over_low.notna().sum() == 4
     assert (table.over_all_low.dropna() <= table.over_low[table.over_all_low.notna()]).all()  # correcting widens
-    text = ablations.finding(table)
-    assert "*a* matters most: +0.100 (+0.100 to +0.100) with *same* against -0.100" in text
-    assert "Of 2 lines 1 score higher than the constant and 1 lower at equal retention" in text
+    text = ablations.finding(table, "`m`", dropped=True)
+    assert "*a* matters most (95 % intervals): +0.100 (+0.100 to +0.100) with *same* against -0.100" in text
+    assert "**With `m`, of 2 lines 1 score higher and 1 lower than a constant rate at equal retention" in text
+    assert "favours random pruning" in text and "favours" not in ablations.finding(table, "`m`", dropped=False)
     assert "b" not in text.split("spread: ")[1]
 
 
 def test_a_line_is_compared_with_a_constant_of_the_same_computation():
     def line(group, label, retention, macs, scores):
         return [
-            {"group": group, "label": label, "task": "t", "sample": f"s{i}", "score": score, "retention": retention,
-             "prefill": macs - 1, "decode": 1, "tokens": 1} for i, score in enumerate(scores)
+            {"group": group, "label": label, "method": "X", "task": "t", "sample": f"s{i}", "score": score,
+             "retention": retention, "prefill": macs - 1, "decode": 1, "tokens": 1} for i, score in enumerate(scores)
         ]  # fmt: skip
 
     constants = [*line(ablations.CONSTANT, "0.5", 0.5, 60, (0.8, 0.6)), *line(ablations.CONSTANT, "1", 1.0, 100, (1.0, 1.0))]
@@ -112,7 +113,32 @@ def test_a_line_is_compared_with_a_constant_of_the_same_computation():
     table = ablations.summary(pd.DataFrame(constants + dear)).set_index("label")
     assert table.over["keeps little, costs much"] == pytest.approx(0.1)  # more than what keeps as much
     assert table.at_cost["keeps little, costs much"] == pytest.approx(-0.05)  # less than what costs as much
+    assert (table.at_cost_all_low.dropna() <= table.at_cost_low[table.at_cost_all_low.notna()]).all()
     assert len(ablations.once(pd.concat([table, table]))) == len(table)
+
+
+def test_the_finding_says_what_dyrate_costs():
+    def line(group, label, retention, macs, score, method="X"):
+        return [
+            {"group": group, "label": label, "method": method, "task": "t", "sample": f"s{i}", "score": score,
+             "retention": retention, "prefill": macs - 1, "decode": 1, "tokens": 1} for i in range(4)
+        ]  # fmt: skip
+
+    constants = [*line(ablations.CONSTANT, "0.2", 0.2, 40, 0.6), *line(ablations.CONSTANT, "0.6", 0.6, 80, 0.8)]
+    unpruned, learned = line(ablations.CONSTANT, "1", 1.0, 100, 1.0), line("a", "greedy", 0.4, 80, 0.75, "DyRate")
+    text = ablations.finding(ablations.summary(pd.DataFrame([*constants, *unpruned, *learned])), "`m`", dropped=False)
+    assert (
+        "DyRate (*greedy*) keeps 0.40 of the image tokens at 80 % of the unpruned multiply-accumulates, where a constant rate "
+        "that keeps as much needs 60 %; its score differs from a constant's by +0.050 (+0.050 to +0.050) at equal retention and "
+        "-0.050 (-0.050 to -0.050) at equal computation.**"
+    ) in text
+    assert "of 1 lines 1 score higher and 0 lower than a constant rate at equal retention; at equal computation, of 1, 0" in text
+    dear = ablations.summary(pd.DataFrame([*constants, *unpruned, *line("a", "beams", 0.4, 300, 0.75, "DyRate")]))
+    assert "to +0.050) at equal retention.**" in ablations.finding(dear, "`m`", dropped=False)
+    for rows in ([*constants, *learned], [*constants, *unpruned, *line("a", "greedy", 0.4, 80, 0.75)]):
+        assert "DyRate" not in ablations.finding(ablations.summary(pd.DataFrame(rows)), "`m`", dropped=False)
+    nothing = ablations.summary(pd.DataFrame([*unpruned, *line("a", "x", 0.4, 80, 0.75)]))
+    assert "no line has a retention" in ablations.finding(nothing, "`m`", dropped=False)
 
 
 def test_two_lines_are_compared_sample_by_sample():

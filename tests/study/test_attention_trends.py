@@ -43,7 +43,8 @@ def test_the_finding_distinguishes_fading_from_dilution(case):
     image, response, finding = CASES[case]
     rng = np.random.default_rng(0)
     recordings = [recording(lambda t, k=k: image(t) + k, response) for k in rng.normal(0, 0.003, 12)]
-    assert finding in attention.finding(attention.trends(recordings))
+    text = attention.finding(attention.trends(recordings), "`m`")
+    assert text.startswith("**With `m`, ") and finding in text and text.endswith("95 % intervals over 12 answers.")
 
 
 def test_trends_by_hand():
@@ -55,7 +56,22 @@ def test_trends_by_hand():
 
 
 def test_short_answers_are_reported_as_short():
-    assert "too short" in attention.finding(attention.trends([recording(lambda t: 0.5, lambda t: 0.1, n=4)]))
+    assert "too short" in attention.finding(attention.trends([recording(lambda t: 0.5, lambda t: 0.1, n=4)]), "`m`")
+
+
+def test_one_depth_that_fades_is_part_of_the_fall():
+    rows = [
+        {"depth": depth, "measure": measure, "value": value, "low": value - 0.01, "high": value + 0.01, "n": 5}
+        for depth, undiluted in (("shallow", -0.1), ("deep", 0.1))
+        for measure, value in (("raw", -0.2), ("undiluted", undiluted), ("per_token", 0.0))
+    ]
+    text = attention.finding(pd.DataFrame(rows), "`m`")
+    assert "part of the fall of the image's share is dilution" in text
+    assert (
+        "in deep layers its share of all attention falls by 20.0 % (-21.0 to -19.0 %), of the attention that" in text
+    )
+    assert "to the response it rises by 10.0 % (+9.0 to +11.0 %)" in text
+    assert text.count("beside an average token it shows no significant change (-1.0 to +1.0 %)") == 2
 
 
 def test_variance_explained_by_the_step():

@@ -49,6 +49,18 @@ def test_the_small_bench_writes_one_set_of_names(tmp_path):
     assert 0 < content["results"]["deciding_share"]["value"] < 1
 
 
+def test_the_finding_quotes_dyrates_own_share_beside_the_hypothetical_one():
+    about = {"layers": 4, "width": 8, "image_tokens": 16, "device": "CPU", "torch": "2", "batch": 8, "retention": 0.331}
+    shares = {"prefill_realised_r90": 0.98, "decode_b8_r90_realised": 1.1, "decode_b8_dyrate_realised": 0.7}
+    results = {key: {"value": x, "low": x - 0.1, "high": x + 0.1, "n": 3} for key, x in shares.items()}
+    left = pd.DataFrame({"new tokens": [16, 64], "with cache, % left": [99.9, 99.8]})
+    text = efficiency.finding(left, {"about": about, "results": results})
+    assert "DyRate, at a forced mean retention of 0.33, realises 70 % (60 to 80 %, n = 3 repeats)" in text
+    assert "`generate`'s, an unmeasured part. A hypothetical R = .9 realises 110 % (100 to 120 %, n = 3 repeats)" in text
+    assert "leaves 99.8 % of LLaVA-1.5-7B's multiply-accumulates (computed, 64 new tokens)" in text
+    assert "leaves 99.9 %" in efficiency.finding(left[:1], {"about": about, "results": results})
+
+
 def test_growth_has_a_line_for_each_case(tmp_path):
     lines = [{"image_tokens": n, "batch": rows, "new_tokens": 4} for n, rows in ((64, 1), (192, 2))]
     growth.growth(SMALL, 1, tmp_path / "growth.json", lines)

@@ -4,7 +4,16 @@ import pandas as pd
 import pytest
 
 import dyrate
-from study.chapters.comparison import Comparison, finding, lineup, measure, relevance_sentence, short_answers
+from study.chapters.comparison import (
+    Comparison,
+    against_random,
+    against_random_shown,
+    finding,
+    lineup,
+    measure,
+    relevance_sentence,
+    short_answers,
+)
 
 
 def test_the_lineup_has_every_strategy_at_every_retention():
@@ -53,15 +62,67 @@ def comparison(**scores):
     return Comparison({}, dyrate.Examples([], "none"), pd.DataFrame(rows))
 
 
-def test_the_finding_compares_with_random_pruning():
-    text = finding(comparison(Full=0.2, FastV=0.05, RandomPrune=0.1, VTW=-0.3, WorstFirst=-0.4, Oracle=0.15), "description", 0.25)
-    assert text == (
-        "**At a retention ratio of 25 % RandomPrune scores highest on descriptions: 0.80 against 0.90 unpruned (lowest: "
-        "WorstFirst, 0.30). Over all retention ratios FastV's ranking scores lower than random pruning (-0.050, 95 % interval "
-        "-0.050 to -0.050); 2 of 2 published methods score below random pruning (FastV, VTW), each at its own computation.**"
+def conditions(*lines, task="description"):
+    """Four scenes under each line: method, label, measured retention, multiply-accumulates, and what its scores add to 0.1 i."""
+    return pd.DataFrame([
+        {"label": label, "method": method, "budget": retention, "seed": None, "task": task, "sample": f"{task}-{i}",
+         "scene": str(i), "score": i / 10 + more, "invented": 0.0, "prefill": macs - 1, "decode": 1, "kv_bytes": 1,
+         "retention": retention, "tokens": 5} for method, label, retention, macs, more in lines for i in range(4)
+    ])  # fmt: skip
+
+
+RANDOM = [("Full", "Full", 1.0, 100, 1.0), ("RandomPrune", "r 0.5", 0.5, 60, 0.8), ("RandomPrune", "r 0.1", 0.1, 20, 0.4)]
+
+
+def test_methods_are_compared_with_random_pruning_of_the_same_measured_cost():
+    lines = [
+        ("FastV", "f 0.5", 0.5, 60, 0.7),  # as much kept and computed: 0.1 less
+        ("FastV", "f 0.3", 0.3, 60, 0.9),  # random pruning gets 0.6 by retention, 0.8 by computation
+        ("DART", "d", 0.05, 80, 0.9),  # keeps less than any random pruning; by computation as good as it
+        ("FastVRerank", "ours", 0.5, 60, 0.0), ("WorstFirst", "control", 0.5, 60, 0.0),
+    ]  # fmt: skip
+    table = against_random(conditions(*RANDOM, *lines)).set_index(["cost", "method"])
+    assert set(table.index) == {("retention", "FastV"), ("macs", "FastV"), ("macs", "DART")}
+    assert table.value["retention", "FastV"] == pytest.approx((-0.1 + 0.3) / 2)
+    assert table.value["macs", "FastV"] == pytest.approx((-0.1 + 0.1) / 2, abs=1e-9)
+    assert table.value["macs", "DART"] == pytest.approx(0, abs=1e-9)
+    assert table.compared["retention", "FastV"] == table.settings["retention", "FastV"] == 2
+
+
+def test_several_questions_about_one_scene_count_once():
+    kinds = [conditions(*RANDOM, ("FastV", "f", 0.5, 60, more), task=task) for task, more in (("qa_a", 0.8), ("qa_b", 0.6))]
+    (row,) = [row for row in against_random(pd.concat(kinds)).to_dict("records") if row["cost"] == "macs"]
+    assert (row["group"], row["n"]) == ("questions", 4) and row["value"] == pytest.approx(-0.1)
+
+
+def test_the_finding_counts_methods_at_both_costs_on_every_group_of_tasks():
+    rows = [
+        conditions(*RANDOM, ("FastV", "f", 0.5, 60, 0.7), ("DyRate", "d", 0.5, 80, 0.85)),
+        conditions(*RANDOM, ("FastV", "f", 0.5, 60, 0.8), ("DyRate", "d", 0.5, 80, 0.85), task="caption"),
+    ]
+    measured = Comparison({}, dyrate.Examples([], "none"), pd.concat(rows))
+    text = finding(measured, "`a` (scenes)", dropped=True)
+    assert text.startswith(
+        "**`a` (scenes) was trained with random dropping, which favours random pruning: at equal measured retention 1 of 2 "
+        "published methods score lower than random pruning on descriptions, 0 of 2 on captions; 1 on descriptions, 1 on captions "
+        "score higher. At equal multiply-accumulates 2 of 2 published methods score lower than random pruning on descriptions, "
+        "1 of 2 on captions; none scores higher.** DyRate minus random pruning: at equal measured retention +0.05"
     )
-    text = finding(comparison(Full=0.2, FastV=0.1, VTW=0.0), "description", 0.25)
-    assert text.endswith("FastV scores highest on descriptions: 0.80 against 0.90 unpruned (lowest: VTW, 0.70).**")
+    assert "at equal multiply-accumulates -0.05 (-0.05 to -0.05) on descriptions" in text
+    assert "which keep 0.50 to 0.50 of the image tokens, over 4 scenes and 2 tasks" in text
+    assert finding(measured, "`a` (scenes)", dropped=False).startswith("**With `a` (scenes), at equal measured retention 1 of 2")
+    shown = against_random_shown(measured.against_random)
+    assert list(shown)[:2] == ["method", "descriptions, equal measured retention"] and shown.shape == (2, 5)
+
+
+def test_without_random_pruning_the_finding_compares_with_no_pruning():
+    measured = Comparison({}, dyrate.Examples([], "none"), conditions(RANDOM[0], ("FastV", "f", 0.5, 60, 0.7)))
+    text = finding(measured, "`a` (scenes)", dropped=True)
+    assert text == (
+        "**No published method was compared with random pruning on `a` (scenes). Against no pruning 1 of 1 settings score "
+        "significantly lower on descriptions (95 % intervals, 4 answers).**"
+    )
+    assert against_random_shown(measured.against_random).to_dict("list") == {"method": ["none was compared"]}
 
 
 def test_without_a_run_of_lmms_eval_only_what_was_reported_is_shown():

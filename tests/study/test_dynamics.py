@@ -67,7 +67,8 @@ def scores(score, lengths):
     """Rows of descriptions: by method its scores as a function of the sample's number; "DyRate 0" is a seed of DyRate."""
     return pd.DataFrame([
         {"label": label, "method": label.split()[0] if label.startswith("DyRate") else label, "sample": f"d{i}", "scene": str(i),
-         "task": "description", "score": of(i), "retention": 0.3, "tokens": length}
+         "task": "description", "score": of(i), "retention": 1.0 if label == "Full" else 0.3, "tokens": length,
+         "prefill": 90 if label == "Full" else 60 if label.startswith("DyRate") else 40, "decode": 10}
         for label, of in score.items() for i, length in enumerate(lengths)
     ])  # fmt: skip
 
@@ -94,7 +95,13 @@ def test_verdicts_are_paired_and_said_plainly():
     assert value["adapting against its mean schedule"] == pytest.approx(0.0, abs=1e-12)
     assert value["learning against annealing"] == pytest.approx(0.1)
     assert table[table.question.str.startswith("DyRate")].seeds.eq(2).all()
-    text = finding(table)
+    text = finding(table, rows, "`m`")
+    assert text.startswith("**With `m`, at an equal mean retention of 0.30, a schedule scores higher")
+    assert "95 % intervals over 8 scenes and 2 training seeds, on 1 task (captions, on another scale, apart)" in text
+    assert "of the unpruned multiply-accumulates: DyRate 70 %, constant 50 %, mean trajectory 50 %, annealing 50 %." in text
+    alone = rows[rows.label.ne("DyRate 1") & (rows.task == "description")]
+    text_alone = finding(verdicts(alone, ["description"]), alone, "`m`")
+    assert "8 scenes and 1 training seed, on 1 task. Equal" in text_alone
     assert "a schedule scores higher than a constant rate (+0.200" in text
     assert "learning scores higher than a straight line" in text
     assert "DyRate as a whole scores higher than a constant rate (+0.200" in text

@@ -1,6 +1,7 @@
 """The errata's evidence, each tried on tables without the slip too, and the protocol ledger's completeness."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -126,6 +127,16 @@ def test_text_against_tables(tables):
     put(tables["table4a"], "strategy", "top_k = 6", strategy="top_p")
     assert found() == [False] * 4
     assert errata.wins(tables["table2"]) == (4, 6)
+
+
+def test_the_finding_says_what_the_list_is(tables):
+    found = errata.check(tables, score=SCORE, n_rates=4, text_tokens=[36, 56, 69], answer_tokens=64)
+    assert {e.kind for e in found} == set(errata.KINDS)
+    text = errata.finding(found, 33.33)
+    assert f"{len(found)} of {len(found)} are confirmed (equation 2, mixed protocols 4, figure in a wrong place 2" in text
+    denied = [replace(e, holds=e.kind == errata.EQUATION) for e in found]
+    assert f"2 of {len(found)} are confirmed (equation 2).**" in errata.finding(denied, 33.33)
+    assert f"0 of {len(found)} are confirmed.**" in errata.finding([replace(e, holds=False) for e in found], 33.33)
 
 
 def uncovered(name, protocols):

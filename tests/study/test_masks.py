@@ -10,11 +10,14 @@ from PIL import Image
 
 import dyrate
 from browser import BROWSER
+from dyrate.predictor import RatePredictor
+from dyrate.strategies.dyrate import DyRate
 from study.book import Chapter
 from study.chapters import masks
 from study.examples import examples
 from study.figures.masks import kept_patches
 from study.figures.slider import kept_slider
+from study.pocket.scenes import Group, Scene
 from study.profiles import NOTEBOOKS, defaults
 
 
@@ -27,6 +30,7 @@ def answer(shown):
 def test_retention_by_answer_by_hand():
     shown = np.arange(16) >= 14
     (row,) = masks.by_answer([answer(shown)]).to_dict("records")
+    assert (row.pop("last_change"), row.pop("steps")) == (2, 3)
     assert row == {"sample": "a", "row_bias": 0.0, "kept_first": 1, "shown_first": 1, "other_first": 1, "kept_last": 4 / 16,
                    "shown_last": 1, "other_last": 2 / 14}  # fmt: skip
     late = answer(shown)
@@ -34,15 +38,53 @@ def test_retention_by_answer_by_hand():
     assert late.row_bias == 0.5  # all in the last row
 
 
+def measured(answers, strategy=None, images=()):
+    """The chapter's measurements with these answers."""
+    strategy = strategy or dyrate.FastV(rate=0.5)
+    return masks.Masks("`a`", "`a` (images)", "p", strategy, dyrate.Examples(list(images), "x"), answers)
+
+
 def test_of_photographs_nothing_is_claimed_about_what_they_show(tmp_path):
     table = masks.by_answer([answer(None)])
-    assert list(table) == ["sample", "row_bias", "kept_first", "kept_last"]
-    photographs = dyrate.Examples([dyrate.Example("a", "caption", "", ("a red cat",))], "photographs")
-    chapter = Chapter("06_masks", str(tmp_path))
-    masks.record(chapter, masks.Masks("`a`", "evict", dyrate.FastV(rate=0.5), photographs, [answer(None)]), table)
+    assert list(table) == ["sample", "row_bias", "last_change", "steps", "kept_first", "kept_last"]
+    answers, chapter = [answer(None)] * 2, Chapter("06_masks", str(tmp_path))
+    photograph = dyrate.Example("a", "caption", "", ("a red cat",))
+    masks.record(chapter, measured(answers, images=[photograph]), masks.by_answer(answers))
     assert set(chapter.numbers) == {"row_bias", "kept_first", "kept_last", "first_pruned_layer"}
-    assert chapter.texts["masks_finding"] == "From the first token to the last the retention ratio goes from 1.00 to 0.25."
+    assert chapter.texts["masks_finding"] == (
+        "With a (images) and the predictor p, 2 of 2 answers end at the same retention, 0.250 (distinct last retentions: 1); "
+        "at the first token it is 1.00 (1.00 to 1.00). 95 % intervals."
+    )
     assert "scenes only" in chapter.texts["masks_on_content"]
+    shown = masks.beside_unpruned([masks.Answer("a", None, [], np.ones((1, 4), bool), None, "a cat", "a dog")])
+    assert shown.to_dict("list") == {
+        "image": ["1", "1"], "answer": ["unpruned", "pruned"], "mean retention": [1.0, 1.0], "text": ["a dog", "a cat"]
+    }  # fmt: skip
+
+
+def test_late_rates_are_inert_under_eviction_alone():
+    other = answer(None)
+    other.kept = np.concatenate([other.kept[:2], other.kept[1:2]])
+    answers = [answer(None), other, other]
+    for residency, explained in (("evict", True), ("mask", False)):
+        like = DyRate.of(RatePredictor(6, 8, "llava", n_rates=4, residency=residency))
+        text = masks.finding(measured(answers, like), masks.by_answer(answers))
+        assert "2 of 3 answers end at the same retention, 0.500 (distinct last retentions: 2)" in text
+        assert ("The 4 rates lie 0.250 apart" in text) == explained
+        assert ("Retention changes last at token 2 of 3 (medians)" in text) == explained
+
+
+def test_wrong_words_of_both_answers_are_in_bold():
+    scene = Scene(0, (Group("cat", "red", 1, "large", 0),), "plain", None, None)
+    right, wrong = "There is a red cat at the top left.", "There is a blue cat at the top left."
+    one = masks.Answer("a", None, [], np.ones((1, 4), bool), None, wrong, right, scene)
+    shown = masks.beside_unpruned([one])
+    assert shown.text.tolist() == [right, "There is a **blue** cat at the top left."]
+    assert shown["right slots"].tolist() == [1, 0.75]
+    table = masks.by_answer([one, one])
+    assert table.right.tolist() == [0.75, 0.75] and table.right_unpruned.tolist() == [1, 1]
+    text = masks.finding(measured([one, one]), table)
+    assert "get 0.75 of the slots right, unpruned 1.00: a difference of -0.25 (-0.25 to -0.25)" in text
 
 
 def test_a_family_without_a_square_of_patches_is_refused_before_it_is_loaded(tmp_path):
@@ -59,6 +101,8 @@ def test_kept_by_token_follows_the_trace():
     for one, scene in zip(answers, scenes, strict=True):
         assert one.name == scene.name and one.kept.shape == (len(one.tokens), 144) and one.shown.shape == (144,)
         assert (one.kept.mean(1) == 0.25).all()
+        assert one.text and one.scene is None  # a question is not scored by slots
+    assert len(masks.unpruned(model, processor, scenes, max_new_tokens=6)) == 2
     assert len(kept_patches(answers).axes) == 12
 
 

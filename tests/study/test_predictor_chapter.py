@@ -16,7 +16,8 @@ class Glued(dict):
 
 def measured_with(**tables):
     """The chapter's measurements with these tables in place of measured ones."""
-    measured = Predictors(None, None, [type("Example", (), {"task": "description"})], [], Settings(budget=0.5), {}, None, "", {})
+    unseen = [type("Example", (), {"task": "description"})]
+    measured = Predictors(None, None, unseen, [], Settings(budget=0.5), {}, None, "", "`a`", {})
     vars(measured).update(tables)
     return measured
 
@@ -26,11 +27,36 @@ def test_the_loss_is_compared_with_a_constant_at_the_same_retention():
         {"rate": rate, "sequence": i, "retention": 1 - rate, "loss": loss + i}
         for rate, loss in ((0.0, 1.0), (0.5, 2.0), (0.75, 4.0)) for i in range(2)
     ])  # fmt: skip
-    answers = pd.DataFrame({"retention": [0.5, 0.25], "loss": [2.0, 3.5]})  # a constant that keeps .375: 3 and 4
-    versus = measured_with(constant_answers=constant, answers=answers).minus_constant()
-    assert versus["value"] == pytest.approx((2 - 3 + 3.5 - 4) / 2) and versus["n"] == 2
+    forced = {
+        0.375: pd.DataFrame({"retention": [0.5, 0.25], "loss": [2.0, 3.5]}),  # a constant that keeps .375: 3 and 4
+        0.75: pd.DataFrame({"retention": [0.75, 0.75], "loss": [2.0, 3.0]}),  # one that keeps .75: 1.5 and 2.5
+    }
+    versus = measured_with(constant_answers=constant, teacher_forced=forced).minus_constant
+    assert versus.budget.tolist() == [0.375, 0.75] and versus.n.tolist() == [2, 2]
+    assert versus.value.tolist() == pytest.approx([(2 - 3 + 3.5 - 4) / 2, 0.5])
     table = measured_with(constant_answers=constant).constant
     assert table.retention.tolist() == [1, 0.5, 0.25] and table.loss.tolist() == [1.5, 2.5, 4.5]
+
+
+def test_the_finding_has_every_budget():
+    def answers(*rates):
+        return pd.DataFrame({"task": "description", "rates": [list(rates)] * 3})
+
+    versus = pd.DataFrame({"budget": [0.25, 0.5, 0.75], "value": [0.1, 0.0, -0.1], "low": [0.05, -0.1, -0.2],
+                           "high": [0.2, 0.1, -0.05], "n": 8})  # fmt: skip
+    forced = {0.25: answers(*[0.1] * 6, *[0.9] * 3), 0.5: answers(*[0.5] * 9), 0.75: answers(*[0.9] * 3, *[0.1] * 6)}
+    retention = pd.DataFrame({"budget": versus.budget, "value": [0.25, 0.48, 0.76]})
+    text = predictor.finding(measured_with(minus_constant=versus, teacher_forced=forced, retention=retention))
+    assert text == (
+        "**With `a`, a linear predictor meets its 3 budgets within 2.0 points of retention. At equal retention its loss is lower "
+        "than a constant rate's at 1 and higher at 1 of 3: +0.100 (+0.050 to +0.200) at 0.25, +0.000 (-0.100 to +0.100) at 0.5, "
+        "-0.100 (-0.200 to -0.050) at 0.75 (predictor minus constant, nats a token).** Its rates rise over a description at 1 "
+        "and fall at 1 of them. 95 % intervals, n = 8 unseen answers, one seed of training for each budget. Equal retention is "
+        "not equal computation."
+    )
+    short = {0.25: answers(0.1, 0.9)}
+    text = predictor.finding(measured_with(minus_constant=versus[:1], teacher_forced=short, retention=retention[:1]))
+    assert "meets its budget within 0.0 points" in text and "rates rise" not in text
 
 
 def test_rates_are_rows_of_sequence_and_step():

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 import dyrate
@@ -28,7 +29,7 @@ from study import controls  # noqa: F401  (registers its strategies)
 from study.answers import Condition, answer_all
 from study.book import ROOT, Chapter
 from study.examples import examples as study_examples
-from study.intervals import bootstrap, interpolated, verdict
+from study.intervals import bootstrap, in_words, interpolated, verdict
 from study.predictors import condition_of
 from study.scores import scored
 
@@ -148,22 +149,23 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
     over: difference from a constant rate at the same retention, on the same samples, with low and high; at_cost: the same at the
     same computation (macs). The constant's score is interpolated between the lines of `constants`; NaN where none of them is
-    as cheap. The intervals over_all_low and over_all_high hold for all lines of a task at once (Bonferroni's correction).
+    as cheap, or as dear. The intervals over_all_low, over_all_high, at_cost_all_low and at_cost_all_high hold for all lines of a
+    task at once (Bonferroni's correction).
     """
     table = []
     rows = rows.assign(macs=rows.prefill + rows.decode)
     compared = rows[rows.group != CONSTANT].groupby("task").apply(lambda r: r.groupby(["group", "label"]).ngroups)
     for (group, label, task), line in rows.groupby(["group", "label", "task"], sort=False):
         constant = rows[(rows.group == CONSTANT) & (rows.task == task)]
-        row = {"group": group, "label": label, "task": task, **bootstrap(line.score)}
+        row = {"group": group, "label": label, "method": line.method.iloc[0], "task": task, **bootstrap(line.score)}
         row |= {"retention": line.retention.mean(), "macs": line.macs.mean(), "tokens": line.tokens.mean()}
         for name, cost in (("over", "retention"), ("at_cost", "macs")):
             difference = (line.set_index("sample").score - _constant_at(row[cost], constant, cost)).dropna()
             over = bootstrap(difference)
             row |= {name: over["value"], f"{name}_low": over["low"], f"{name}_high": over["high"]}
-            if name == "over" and group != CONSTANT:
+            if group != CONSTANT:
                 every = bootstrap(difference, level=1 - 0.05 / compared[task], resamples=20_000)
-                row |= {"over_all_low": every["low"], "over_all_high": every["high"]}
+                row |= {f"{name}_all_low": every["low"], f"{name}_all_high": every["high"]}
         table.append(row)
     return pd.DataFrame(table)
 
@@ -185,37 +187,61 @@ def difference(rows: pd.DataFrame, one: str, other: str) -> dict | None:
     return None if any(s.empty for s in scores) else bootstrap((scores[0] - scores[1]).dropna())
 
 
-def finding(table: pd.DataFrame) -> str:
-    """Which group of lines differs most from a constant rate at equal retention, its best and its worst line, in words."""
+def finding(table: pd.DataFrame, place: str, dropped: bool) -> str:
+    """How many lines differ from a constant rate at equal retention and at equal computation, what DyRate costs, what matters.
+
+    place: model and images in words. dropped: whether the model was trained with random dropping.
+    """
     known = table[(table.group != CONSTANT) & table.over.notna()]
     if known.empty:
-        return "**No line has a retention at which a constant rate was measured.**"
+        return f"**With {place}, no line has a retention at which a constant rate was measured.**"
+    distinct = once(known)
+    cost = distinct[distinct.at_cost.notna()]
     spread = known.groupby("group", sort=False).over.agg(lambda v: v.max() - v.min()).sort_values(ascending=False)
     lines = known[known.group == spread.index[0]].sort_values("over")
-    ends = (
-        f"{row.over:+.3f} ({row.over_low:+.3f} to {row.over_high:+.3f}) with *{row.label}*"
-        for row in (lines.iloc[-1], lines.iloc[0])
-    )
-    distinct = once(known)
-    every = _counted(distinct, "over_all")
-    cost = distinct[distinct.at_cost.notna()]
+    ends = (f"{_difference(row, 'over')} with *{row['label']}*" for row in (lines.iloc[-1], lines.iloc[0]))
+    trained = " The model was trained with random dropping, which favours random pruning." if dropped else ""
     return (
-        f"**Compared with a constant rate at equal retention, *{spread.index[0]}* matters most: "
-        f"{' against '.join(dict.fromkeys(ends))}. Of {len(distinct)} lines {every} at equal retention (intervals that hold for "
-        f"all at once), and of {len(cost)} {_counted(cost, 'at_cost')} at equal computation (95 % intervals).** "
-        f"The groups by their spread: {', '.join(spread.index)}."
+        f"**With {place}, of {len(distinct)} lines {_counted(distinct, 'over_all')} than a constant rate at equal retention; at "
+        f"equal computation, of {len(cost)}, {_counted(cost, 'at_cost_all')}.{_cost_of_dyrate(table)}** The counts are by "
+        f"intervals that hold for all lines at once, n = {known.n.max()} answers. At equal retention *{spread.index[0]}* matters "
+        f"most (95 % intervals): {' against '.join(dict.fromkeys(ends))}.{trained} The groups by their spread: "
+        f"{', '.join(spread.index)}."
     )
 
 
 def _counted(rows: pd.DataFrame, name: str) -> str:
-    better, worse = (rows[f"{name}_low"] > 0).sum(), (rows[f"{name}_high"] < 0).sum()
-    return f"{better} score higher than the constant and {worse} lower"
+    return f"{(rows[f'{name}_low'] > 0).sum()} score higher and {(rows[f'{name}_high'] < 0).sum()} lower"
 
 
-def record(chapter: Chapter, rows: pd.DataFrame) -> None:
-    """The chapter's headline numbers and sentences, from the rows of its main task."""
+def _difference(row: pd.Series, name: str) -> str:
+    return in_words({"value": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]}, "+.3f")
+
+
+def _cost_of_dyrate(table: pd.DataFrame) -> str:
+    """What the first line under a trained predictor keeps and computes, beside a constant that keeps as much, in words."""
+    learned, constant = table[table.method == "DyRate"], table[table.group == CONSTANT].sort_values("retention")
+    unpruned = constant[constant.retention == 1].macs
+    if learned.empty or unpruned.empty:
+        return ""
+    line = learned.iloc[0]
+    same = np.interp(line.retention, constant.retention, constant.macs)
+    share, of_constant = (100 * macs / unpruned.item() for macs in (line.macs, same))
+    text = (
+        f" DyRate (*{line.label}*) keeps {line.retention:.2f} of the image tokens at {share:.0f} % of the unpruned "
+        f"multiply-accumulates, where a constant rate that keeps as much needs {of_constant:.0f} %"
+    )
+    differences = [
+        f"{_difference(line, name)} at equal {what}" for name, what in (("over", "retention"), ("at_cost", "computation"))
+        if pd.notna(line[name])
+    ]  # fmt: skip
+    return f"{text}; its score differs from a constant's by {' and '.join(differences)}." if differences else f"{text}."
+
+
+def record(chapter: Chapter, rows: pd.DataFrame, place: str, dropped: bool) -> None:
+    """The chapter's headline numbers and sentences, from the rows of its main task. place, dropped: as in `finding`."""
     table = summary(rows)
-    chapter.text("ablations_finding", finding(table))
+    chapter.text("ablations_finding", finding(table, place, dropped))
     lines = once(table[table.group != CONSTANT])
     chapter.number("lines_better", (lines.over_all_low > 0).sum())
     chapter.number("lines_worse", (lines.over_all_high < 0).sum())
@@ -224,8 +250,5 @@ def record(chapter: Chapter, rows: pd.DataFrame) -> None:
         if measured := difference(rows, one, other):
             chapter.number(key, measured)
     fixed = difference(rows, *pairs["fixed_minus_depth"])
-    text = ""
-    if fixed:
-        interval = f"{fixed['value']:+.3f}, {fixed['low']:+.3f} to {fixed['high']:+.3f}"
-        text = f"Here, at equal retention, FixedPrune {verdict(fixed)} DepthPrune ({interval})."
-    chapter.text("ablations_fixed", text)
+    said = f"Here, at equal retention, FixedPrune {verdict(fixed)} DepthPrune: {in_words(fixed, '+.3f')}." if fixed else ""
+    chapter.text("ablations_fixed", said)

@@ -295,29 +295,32 @@ def heads_over_steps(recorded: Attention) -> float:
     return recorded.heads.std(1).mean() / between_steps
 
 
-def finding(table: pd.DataFrame) -> str:
-    """Does the raw share fall, and does it still once the growing response is taken out? table: `trends`."""
+def finding(table: pd.DataFrame, place: str) -> str:
+    """Does the raw share fall, and does it still once the growing response is taken out? table: `trends`; place: of what."""
     if table.n.max() == 0:
-        return "**The answers are too short to compare their beginnings with their ends.**"
+        return f"**With {place}, the answers are too short to compare their beginnings with their ends.**"
+    raw, undiluted = (table[table.measure == name] for name in ("raw", "undiluted"))
+    falls, left = (raw.high < 0).sum(), (undiluted.high < 0).sum()
+    if falls == 0:
+        cause = "the image's share of attention does not fall"
+    elif left == 0:
+        cause = "the image's share of attention does not fade, it is diluted by the growing response"
+    elif falls > left:
+        cause = "part of the fall of the image's share is dilution by the growing response, part of it is real"
+    else:
+        cause = "the image's share of attention falls, and dilution alone does not explain it"
     parts = []
     for depth in ("shallow", "deep"):
         rows = table[table.depth == depth].set_index("measure")
         parts.append(
-            f"in {depth} layers the image's share of all attention {_change(rows.loc['raw'])}, and "
-            f"{_change(rows.loc['undiluted'])} once the attention to the response itself is set aside"
+            f"in {depth} layers its share of all attention {_change(rows.loc['raw'])}, of the attention that does not go to the "
+            f"response it {_change(rows.loc['undiluted'])}, and of one image token beside an average token it "
+            f"{_change(rows.loc['per_token'])}"
         )
-    raw = table[table.measure == "raw"]
-    undiluted = table[table.measure == "undiluted"]
-    if (raw.high < 0).any() and not (undiluted.high < 0).any():
-        cause = "**The image's share does not fade here: it is diluted by the growing response.**"
-    elif (raw.high < 0).any() and (raw.high < 0).sum() > (undiluted.high < 0).sum():
-        cause = "**Part of the fall is dilution by the growing response, part of it is real.**"
-    elif (raw.high < 0).any():
-        cause = "**The image's share falls, and dilution alone does not explain it.**"
-    else:
-        cause = "**The image's share does not fall here.**"
-    text = "; ".join(parts)
-    return f"{cause} From the first to the last third of an answer, {text} (95 % intervals over {int(raw.n.max())} answers)."
+    return (
+        f"**With {place}, {cause}.** From the first to the last third of an answer, {'; '.join(parts)}: 95 % intervals over "
+        f"{int(raw.n.max())} answers."
+    )
 
 
 def _change(row) -> str:
@@ -345,7 +348,8 @@ def record(chapter: Chapter, recorded: Attention) -> None:
     chapter.number("mean_answer_tokens", np.mean([len(r.tokens) for r in recorded.main]))
     chapter.text("measured_on", _measured_on(recorded))
     chapter.text("measured_main", f"{recorded.model}, {len(recorded.main)} answers ({recorded.main[0].task.replace('_', ' ')})")
-    chapter.text("finding", finding(recorded.trends))
+    task, images = recorded.main[0].task.replace("_", " "), "synthetic scenes" if recorded.scenes else "photographs"
+    chapter.text("finding", finding(recorded.trends, f"{recorded.model} on {images} ({task})"))
     if len(recorded.density):
         _record_focus(chapter, recorded)
     else:

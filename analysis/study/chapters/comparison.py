@@ -18,7 +18,7 @@ from study.answers import Condition, answer_all
 from study.book import ROOT, Chapter
 from study.examples import examples as study_examples
 from study.examples import has_scenes
-from study.intervals import bootstrap, verdict
+from study.intervals import bootstrap, in_words, interpolated, verdict
 from study.lmms_results import read_results, table_1
 from study.predictors import condition_of
 from study.scores import caption_measures, compare, method_scores, scored
@@ -28,6 +28,7 @@ RANKED_OTHERWISE = {  # than FastV does: methods, and their names in a sentence
     "random": ("RandomPrune", "random pruning"), "worst": ("WorstFirst", "keeping the tokens with the least attention"),
     "rerank": ("FastVRerank", "ranking anew at every token, where dropped tokens are re-selectable"),
 }  # fmt: skip
+EQUAL = {"retention": "measured retention", "macs": "multiply-accumulates"}  # kinds of cost, and their names
 INTERVAL = ["value", "low", "high", "n"]
 
 
@@ -52,6 +53,11 @@ class Comparison:
     def by_group(self) -> pd.DataFrame:
         """`compare` of every condition on descriptions, captions and all questions together."""
         return compare(self.rows.assign(task=self.rows.task.map(group_of)))
+
+    @cached_property
+    def against_random(self) -> pd.DataFrame:
+        """`against_random` of the rows."""
+        return against_random(self.rows)
 
     @property
     def units(self) -> dict[str, str]:
@@ -183,23 +189,119 @@ def relevance_sentence(measured: Comparison, task: str) -> str:
     )
 
 
-def finding(measured: Comparison, task: str, retention: float) -> str:
-    """Which strategy scores highest at one retention ratio, and whether FastV's ranking and others beat random pruning."""
-    ranked, full = measured.ranked(task, retention), measured.unpruned(task)
-    best, worst = ranked.iloc[0], ranked.iloc[-1]
-    group = best.task.replace("_", " ")
-    text = (
-        f"At a retention ratio of {100 * retention:.0f} % {best.method} scores highest on {group.removesuffix('s')}s: "
-        f"{best.value:.2f} against {full.value:.2f} unpruned (lowest: {worst.method}, {worst.value:.2f})"
+def against_random(rows: pd.DataFrame) -> pd.DataFrame:
+    """Each published method minus random pruning of the same cost: one row for each method, group of tasks and kind of cost.
+
+    cost: "retention" or "macs", both as measured; random pruning's score is interpolated between its own costs, up to no pruning.
+    value: mean over a method's settings and over scenes, for several questions may ask about one scene; low, high: of an interval
+    that holds for all methods of a group at once (Bonferroni's correction). settings, compared: how many of them random
+    pruning is measured on both sides of; without any the method has no row. Empty without random pruning.
+    """
+    rows = rows.assign(macs=rows.prefill + rows.decode, group=rows.task.map(group_of))
+    differences = [_minus_random(of, cost) for _, of in rows.groupby("task", sort=False) for cost in ("retention", "macs")]
+    by_setting = pd.concat(differences).groupby(["cost", "group", "method", "label", "scene"], sort=False).difference.mean()
+    table = []
+    for (cost, group), of in by_setting.groupby(["cost", "group"], sort=False):
+        methods = of.groupby("method", sort=False)
+        for method, mine in methods:
+            scenes = mine.groupby("scene").mean()
+            interval = bootstrap(scenes, level=1 - 0.05 / methods.ngroups, resamples=20_000)
+            compared = mine.index.unique("label").size
+            every = rows[(rows.group == group) & (rows.method == method)].label.nunique()
+            table.append({"cost": cost, "group": group, "method": method, **interval, "compared": compared, "settings": every})
+    return pd.DataFrame(table, columns=["cost", "group", "method", *INTERVAL, "compared", "settings"])
+
+
+def _minus_random(rows: pd.DataFrame, cost: str) -> pd.DataFrame:
+    """Each published method's score on one task minus random pruning's at the same cost, one row a setting and sample."""
+    random = rows[rows.method == "RandomPrune"]
+    base = pd.concat([random, rows[rows.method == "Full"]]) if len(random) else random
+    costs, scores = base.groupby("label")[cost].mean(), base.pivot(index="sample", columns="label", values="score")
+    parts = [pd.DataFrame(columns=["cost", "group", "method", "label", "scene", "difference"]).astype({"difference": float})]
+    for _, mine in rows[rows.method.map(published)].groupby("label", sort=False):
+        same = interpolated(costs, scores, mine[cost].mean())
+        part = mine.assign(cost=cost, difference=mine.score - mine["sample"].map(same))
+        parts.append(part[parts[0].columns].dropna(subset="difference"))
+    return pd.concat(parts)
+
+
+def against_random_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """`against_random` for the page: a method a row, a group of tasks and kind of cost a column; blank: not compared."""
+    if table.empty:
+        return pd.DataFrame({"method": ["none was compared"]})
+    text = [in_words(row, "+.2f") for row in table.to_dict("records")]
+    shown = table.assign(text=text).pivot(index="method", columns=["group", "cost"], values="text")
+    columns = [(group, cost) for group in table.group.unique() for cost in EQUAL if (group, cost) in shown]
+    shown = shown.reindex(index=table.method.unique(), columns=columns)
+    return shown.set_axis([f"{_plural(group)}, equal {EQUAL[cost]}" for group, cost in columns], axis=1).reset_index()
+
+
+def published(method: str) -> bool:
+    """Whether a strategy is a published way to prune: no control, and not FastV ranked anew, which this study adds."""
+    return method not in ("Full", "FastVRerank") and not STRATEGIES[method].control
+
+
+def finding(measured: Comparison, place: str, dropped: bool) -> str:
+    """How many published methods beat random pruning of the same cost on each group of tasks, and how DyRate does.
+
+    place: model and images in words. dropped: whether the model was trained with random dropping.
+    """
+    table = measured.against_random
+    if table.empty:
+        return f"**{_against_unpruned(measured.by_group, place)}**"
+    start = f"{place} was trained with random dropping, which favours random pruning:" if dropped else f"With {place},"
+    first, *rest = [f"at equal {EQUAL[cost]} {_counted(of)}." for cost, of in table.groupby("cost", sort=False)]
+    kept = measured.rows[measured.rows.method.isin(table.method)].groupby(["label", "task"]).retention.mean()
+    return (
+        f"**{' A'.join([f'{start} {first}', *(of[1:] for of in rest)])}** {_of_dyrate(table)}Each method is the mean of its "
+        f"settings, which keep {kept.min():.2f} to {kept.max():.2f} of the image tokens, over {_span(table.n)} scenes and "
+        f"{measured.rows.task.nunique()} tasks. Lower or higher: a paired interval that excludes 0 and holds for all methods of "
+        "a group of tasks at once."
     )
-    if {"FastV", "RandomPrune"} <= set(ranked.method):
-        ranking = measured.difference("FastV", "RandomPrune", task)
-        published = ranked[[not STRATEGIES[method].control for method in ranked.method]]
-        below = list(published.method[published.value < ranked.value[ranked.method == "RandomPrune"].item()])
-        listed = f" ({', '.join(below)})" if below else ""
-        text += (
-            f". Over all retention ratios FastV's ranking {verdict(ranking)} random pruning ({ranking['value']:+.3f}, 95 % "
-            f"interval {ranking['low']:+.3f} to {ranking['high']:+.3f}); {len(below)} of {len(published)} published methods "
-            f"score below random pruning{listed}, each at its own computation"
-        )
-    return f"**{text}.**"
+
+
+def _counted(table: pd.DataFrame) -> str:
+    """Of how many methods the interval lies below zero, and above it, on each group of tasks."""
+    marks = table.assign(lower=table.high < 0, higher=table.low > 0, of=1)
+    counts = marks.groupby("group", sort=False)[["lower", "higher", "of"]].sum().rename(index=_plural)
+    lower = [f"{row.lower} of {row.of} on {name}" for name, row in counts.iterrows()]
+    higher = [f"{row.higher} on {name}" for name, row in counts.iterrows() if row.higher]
+    first, *rest = lower
+    first = first.replace(" on ", " published methods score lower than random pruning on ", 1)
+    above = f"{', '.join(higher)} score higher" if higher else "none scores higher"
+    return f"{', '.join([first, *rest])}; {above}"
+
+
+def _of_dyrate(table: pd.DataFrame) -> str:
+    """DyRate's own differences, in words; nothing where it was not compared."""
+    parts = []
+    for cost, of in table[table.method == "DyRate"].groupby("cost", sort=False):
+        differences = [f"{in_words(row, '+.2f')} on {_plural(row['group'])}" for row in of.to_dict("records")]
+        parts.append(f"at equal {EQUAL[cost]} {', '.join(differences)}")
+    return f"DyRate minus random pruning: {'; '.join(parts)}. " if parts else ""
+
+
+def _against_unpruned(table: pd.DataFrame, place: str) -> str:
+    """What is said where nothing was compared with random pruning: how many settings score lower than no pruning.
+
+    table: `by_group`.
+    """
+    pruned = table[table.method != "Full"]
+    parts = [
+        f"{(of.difference_high < 0).sum()} of {len(of)} settings score significantly lower on {_plural(group)}"
+        for group, of in pruned.groupby("task", sort=False)
+    ]
+    return (
+        f"No published method was compared with random pruning on {place}. Against no pruning {', '.join(parts)} "
+        f"(95 % intervals, {_span(table.n)} answers)."
+    )
+
+
+def _plural(group: str) -> str:
+    return f"{group.replace('_', ' ').removesuffix('s')}s"
+
+
+def _span(numbers: pd.Series) -> str:
+    """A number, or the least and the largest of several."""
+    least, most = numbers.min(), numbers.max()
+    return f"{least}" if least == most else f"{least} to {most}"

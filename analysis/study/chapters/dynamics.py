@@ -264,18 +264,37 @@ def helps(table: pd.DataFrame, question: str) -> str:
     return "; ".join(parts)
 
 
-def finding(table: pd.DataFrame) -> str:
-    """The three verdicts in words, and DyRate as a whole against constants, with their intervals."""
-    sentences = []
-    for row in _pooled(table).to_dict("records"):
+def finding(table: pd.DataFrame, rows: pd.DataFrame, place: str) -> str:
+    """The three verdicts in words, and DyRate as a whole against constants, with their intervals and what they cost.
+
+    table: `verdicts`. rows: the scored ones. place: model and images in words.
+    """
+    pooled, sentences = _pooled(table), []
+    for row in pooled.to_dict("records"):
         *_, one, other = QUESTIONS[row["question"]]
         sentences.append(f"{one} {verdict(row)} {other} ({row['value']:+.3f}, {row['low']:+.3f} to {row['high']:+.3f})")
     main, whole = sentences[: len(MAIN_QUESTIONS)], sentences[len(MAIN_QUESTIONS) :]
+    budget = rows[rows.method == "DyRate"].retention.mean()
+    costs = ", ".join(f"{name} {100 * share:.0f} %" for name, share in computation(rows).items())
+    tasks, pools = set(table.task) - {"all but captions"}, "all but captions" in set(table.task)
+    apart = " (captions, on another scale, apart)" if pools and "caption" in tasks else ""
     return (
-        f"**At equal mean retention {'; '.join(main)}.** "
+        f"**With {place}, at an equal mean retention of {budget:.2f}, {'; '.join(main)}.** "
         + (f"{'; '.join(whole)}. " if whole else "")
-        + "Differences in the score with 95 % intervals; none is significant whose interval includes 0."
+        + f"Differences in score with 95 % intervals over {pooled.n.max()} scenes and "
+        f"{_counted(pooled.seeds.max(), 'training seed')}, on {_counted(len(tasks) - bool(apart), 'task')}{apart}. Equal "
+        f"retention is not equal computation; of the unpruned multiply-accumulates: {costs}."
     )
+
+
+def computation(rows: pd.DataFrame) -> dict[str, float]:
+    """The decoder's multiply-accumulates, prefill and decode, of DyRate and of schedules over those without pruning."""
+    macs = (rows.prefill + rows.decode).groupby(rows.method).mean()
+    return {name: macs[name] / macs["Full"] for name in ("DyRate", *SCHEDULES) if name in macs}
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}{'s' if n > 1 else ''}"
 
 
 def retention_by_task(rows: pd.DataFrame) -> str:
@@ -284,8 +303,11 @@ def retention_by_task(rows: pd.DataFrame) -> str:
     return ", ".join(f"{retention:.2f} for {task.replace('_', ' ')}" for task, retention in mean.items())
 
 
-def record(chapter: Chapter, measured: Dynamics, table: pd.DataFrame, by_condition: pd.DataFrame) -> None:
-    """The chapter's headline numbers and sentences. table: `verdicts` on all tasks; by_condition: `all_conditions`."""
+def record(chapter: Chapter, measured: Dynamics, table: pd.DataFrame, by_condition: pd.DataFrame, place: str) -> None:
+    """The chapter's headline numbers and sentences.
+
+    table: `verdicts` on all tasks; by_condition: `all_conditions`; place: model and images in words.
+    """
     for what, part in explained(measured.paths).items():
         chapter.number(f"{what}_explains", part)
     chapter.number("budget", measured.paths.groupby(["label", "sample"]).retention.mean().mean())
@@ -304,7 +326,7 @@ def record(chapter: Chapter, measured: Dynamics, table: pd.DataFrame, by_conditi
     for question, key in zip(MAIN_QUESTIONS, ("schedule", "adapting", "learning"), strict=True):
         chapter.text(f"{key}_helps", helps(everywhere, question))
     chapter.text("retention_by_task", retention_by_task(measured.scored))
-    chapter.text("dynamics_finding", finding(table))
+    chapter.text("dynamics_finding", finding(table, measured.scored, place))
 
 
 def larger_run(results: str) -> str:

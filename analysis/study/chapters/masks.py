@@ -17,10 +17,12 @@ from dyrate.models import describe, read_config
 from dyrate.strategies.dyrate import DyRate
 from dyrate.strategy import Strategy
 from study.book import ROOT, Chapter
-from study.examples import SceneExample, has_scenes, left_out
+from study.examples import SceneExample, has_scenes, left_out, model_and_images
 from study.examples import examples as study_examples
-from study.intervals import bootstrap
-from study.pocket.scenes import render
+from study.intervals import bootstrap, in_words
+from study.pocket.language import PROMPTS
+from study.pocket.scenes import Scene, render
+from study.scores import marked, slot_scores
 
 
 @dataclass
@@ -28,7 +30,8 @@ class Answer:
     """One answer and what was kept for it.
 
     tokens: the generated ones as text. kept: (step, patch), the image tokens left at the step that generates each token.
-    shown: (patch,), patches that show a thing or a word; None where it is not known.
+    shown: (patch,), patches that show a thing or a word; None where it is not known. text: the answer; unpruned: the one with
+    every image token kept. scene: by which both are scored; None where none is known, or the task is not to describe it.
     """
 
     name: str
@@ -36,6 +39,9 @@ class Answer:
     tokens: list[str]
     kept: np.ndarray
     shown: np.ndarray | None
+    text: str = ""
+    unpruned: str = ""
+    scene: Scene | None = None
 
     @property
     def row_bias(self) -> float:
@@ -44,12 +50,21 @@ class Answer:
         rows = np.flatnonzero(self.kept[0]) // side
         return float(rows.mean() / (side - 1) - 0.5) if len(rows) else 0.0
 
+    @property
+    def last_change(self) -> int:
+        """The step at which the number of kept patches changed for the last time."""
+        return int(np.flatnonzero(np.diff(self.kept.sum(1), prepend=-1))[-1])
+
 
 @dataclass
 class Masks:
-    """What the chapter measured. model: its name and size, for captions; predictor: the name of its folder."""
+    """What the chapter measured.
+
+    model: its name and size, for captions; place: model and images, for the headline; predictor: the name of its folder.
+    """
 
     model: str
+    place: str
     predictor: str
     strategy: Strategy
     examples: Examples
@@ -69,10 +84,13 @@ def measure(
     examples = study_examples(source, n, tasks=[task], split="test", seed=seed)
     loaded, processor = dyrate.load(model, device_map=device_map or None)
     strategy = DyRate.from_pretrained(ROOT / predictor)
-    answers = kept_by_token(loaded, processor, strategy, examples, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    how = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    answers = list(kept_by_token(loaded, processor, strategy, examples, **how))
+    for answer, text in zip(answers, unpruned(loaded, processor, examples, **how), strict=True):
+        answer.unpruned = text
     about = describe(loaded)
     name = f"`{model}` ({about['family']}, {about['parameters'] / 1e6:.1f} M parameters)"
-    return Masks(name, Path(predictor).name, strategy, examples, list(answers))
+    return Masks(name, model_and_images(model, examples), Path(predictor).name, strategy, examples, answers)
 
 
 def kept_by_token(
@@ -87,48 +105,104 @@ def kept_by_token(
         for i, example in enumerate(batch):
             ids = [t for t in answers.tokens[i] if t not in special]
             tokens = [processor.tokenizer.decode([t]).strip() for t in ids]
-            yield Answer(example.name, images[i], tokens, kept[i, : len(ids), : trace.n_image[i]], _shown(example))
+            shown, scene = _shown(example), _scored(example)
+            yield Answer(
+                example.name, images[i], tokens, kept[i, : len(ids), : trace.n_image[i]], shown, answers.texts[i], "", scene
+            )
+
+
+def unpruned(model, processor, examples: Examples, **settings) -> list[str]:
+    """The answer to each example with every image token kept."""
+    return [text for _, _, answers in answer_examples(model, processor, examples, **settings) for text in answers.texts]
 
 
 def _shown(example: Example) -> np.ndarray | None:
     return render(example.scene).shown if isinstance(example, SceneExample) else None
 
 
+def _scored(example: Example) -> Scene | None:
+    return example.scene if isinstance(example, SceneExample) and example.task in PROMPTS else None
+
+
 def by_answer(answers: list[Answer]) -> pd.DataFrame:
-    """Retention at the first and last token of each answer: of all patches and, on scenes, of those that show something."""
+    """Retention at the first and last token of each answer: of all patches and, on scenes, of those that show something.
+
+    last_change: the step at which it changed for the last time, of `steps`. right, right_unpruned: share of right slots of
+    descriptions of scenes, pruned and unpruned.
+    """
     rows = []
     for answer in answers:
-        row = {"sample": answer.name, "row_bias": answer.row_bias}
+        row = {"sample": answer.name, "row_bias": answer.row_bias, "last_change": answer.last_change, "steps": len(answer.kept)}
         for when, kept in (("first", answer.kept[0]), ("last", answer.kept[-1])):
             row[f"kept_{when}"] = kept.mean()
             if answer.shown is not None:
                 row |= {f"shown_{when}": kept[answer.shown].mean(), f"other_{when}": kept[~answer.shown].mean()}
+        if answer.scene is not None:
+            for name, text in (("right", answer.text), ("right_unpruned", answer.unpruned)):
+                row[name] = slot_scores(answer.scene, text).mean()
         rows.append(row)
     return pd.DataFrame(rows)
 
 
+def beside_unpruned(answers: list[Answer]) -> pd.DataFrame:
+    """The pruned answer to each image below the unpruned one, wrong words in bold where it is known what is right."""
+    rows = []
+    for i, answer in enumerate(answers, 1):
+        for name, text, retention in (("unpruned", answer.unpruned, 1.0), ("pruned", answer.text, answer.kept.mean())):
+            row = {"image": str(i), "answer": name, "mean retention": retention}
+            if answer.scene is not None:
+                row["right slots"] = slot_scores(answer.scene, text).mean()
+            rows.append(row | {"text": _wrong_in_bold(answer.scene, text)})
+    return pd.DataFrame(rows)
+
+
+def _wrong_in_bold(scene: Scene | None, text: str) -> str:
+    wrong = [] if scene is None else [mark for mark in marked(scene, text) if not mark.right]
+    for mark in reversed(wrong):  # from the end, so that positions before it stay
+        text = f"{text[: mark.start]}**{text[mark.start : mark.end]}**{text[mark.end :]}"
+    return text
+
+
+def finding(masks: Masks, table: pd.DataFrame) -> str:
+    """Where retention ends, why, and what pruning costs these answers. table: `by_answer`."""
+    ends = table.kept_last.round(6).value_counts()
+    first = in_words(bootstrap(table.kept_first))
+    text = (
+        f"**With {masks.place} and the predictor `{masks.predictor}`, {ends.iloc[0]} of {len(table)} answers end at the same "
+        f"retention, {ends.index[0]:.3f} (distinct last retentions: {len(ends)}); at the first token it is {first}.**"
+    )
+    if masks.strategy.residency == "evict" and (predictor := getattr(masks.strategy, "predictor", None)):
+        text += (
+            " Evicted tokens do not return: the highest rate so far decides, and a lower one that follows changes nothing. The "
+            f"{len(predictor.rates)} rates lie {1 / len(predictor.rates):.3f} apart, so that answers can meet in exactly one. "
+            f"Retention changes last at token {table.last_change.median() + 1:.0f} of {table.steps.median():.0f} (medians)."
+        )
+    if "right" in table:
+        cost, right, whole = (bootstrap(x) for x in (table.right - table.right_unpruned, table.right, table.right_unpruned))
+        text += (
+            f" These answers get {right['value']:.2f} of the slots right, unpruned {whole['value']:.2f}: a difference of "
+            f"{in_words(cost, '+.2f')}."
+        )
+    return text + " 95 % intervals."
+
+
 def record(chapter: Chapter, masks: Masks, table: pd.DataFrame) -> None:
     """The chapter's headline numbers and sentences. table: `by_answer`."""
-    means = {key: bootstrap(table[key]) for key in table.columns.drop("sample")}
+    means = {key: bootstrap(table[key]) for key in table.columns.drop(["sample", "last_change", "steps"])}
     for key, mean in means.items():
         chapter.number(key, mean)
     chapter.number("first_pruned_layer", masks.strategy.first_pruned_layer)
-    value = {key: f"{mean['value']:.2f}" for key, mean in means.items()}
-    finding = f"From the first token to the last the retention ratio goes from {value['kept_first']} to {value['kept_last']}"
+    on_content = "This needs to know what each patch shows: it is measured on pocket scenes only."
     if has_scenes(masks.examples):
+        value = {key: f"{mean['value']:.2f}" for key, mean in means.items()}
         shown, other = means["shown_first"], means["other_first"]
         apart = shown["low"] > other["high"] or other["low"] > shown["high"]
-        finding += (
-            f", and at the first token the ranking keeps {value['shown_first']} of the patches that show something and "
-            f"{value['other_first']} of the others (95 % intervals {'do not overlap' if apart else 'overlap'})"
-        )
         on_content = (
             f"Of the patches that show a thing or a word, {value['shown_first']} are kept at the first token and "
-            f"{value['shown_last']} at the last; of the others {value['other_first']} and {value['other_last']}."
+            f"{value['shown_last']} at the last; of the others {value['other_first']} and {value['other_last']} (at the first "
+            f"token the 95 % intervals {'do not overlap' if apart else 'overlap'}, n = {shown['n']})."
         )
-    else:
-        on_content = "This needs to know what each patch shows: it is measured on pocket scenes only."
-    chapter.text("masks_finding", f"**{finding}.**")
+    chapter.text("masks_finding", finding(masks, table))
     chapter.text("masks_on_content", on_content)
     answers = f"{masks.examples[0].task.replace('_', ' ')} of {len(masks.answers)} unseen images{left_out(masks.examples)}"
     chapter.text("masks_measured_on", f"{masks.model}, {answers}, predictor `{masks.predictor}`, greedy")

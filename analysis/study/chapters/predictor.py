@@ -21,8 +21,8 @@ from dyrate.teacher_forcing import Prepared, predicted_by_gradient, prepare_exam
 from dyrate.training import Settings, Trained, Trainer, batches_to_learn, calibrate, trajectories, untrained
 from study.book import ROOT, Chapter
 from study.examples import examples as study_examples
-from study.examples import left_out
-from study.intervals import bootstrap
+from study.examples import left_out, model_and_images
+from study.intervals import bootstrap, in_words
 
 SHOWN = 0.33  # the budget whose predictor is shown, or the one next to it
 
@@ -32,7 +32,8 @@ class Predictors:
     """The trained predictors, and on unseen examples what they do.
 
     prepared: the unseen examples, to be teacher-forced. settings: of the predictor shown. trained: by budget. four_rates: as
-    the one shown, with four rates. measured_on: for captions. generation: how answers are generated.
+    the one shown, with four rates. measured_on: for captions. place: model and images, for the headline. generation: how answers
+    are generated.
     """
 
     model: PreTrainedModel
@@ -43,6 +44,7 @@ class Predictors:
     trained: dict[float, Trained]
     four_rates: RatePredictor
     measured_on: str
+    place: str
     generation: dict
 
     @property
@@ -67,6 +69,11 @@ class Predictors:
             paths = trajectories(self.model, self.processor, DyRate.of(trained.predictor), self.unseen, **self.generation)
             rows.append({"budget": budget} | bootstrap([np.mean(path) for path in paths.values()]))
         return pd.DataFrame(rows)
+
+    @property
+    def worst_miss(self) -> float:
+        """The largest distance of a measured mean retention from its budget, in percentage points."""
+        return 100 * (self.retention.value - self.retention.budget).abs().max()
 
     @cached_property
     def teacher_forced(self) -> dict[float, pd.DataFrame]:
@@ -113,13 +120,25 @@ class Predictors:
         """The same of each budget's predictor."""
         return pd.DataFrame([{"budget": budget} | _mean_loss(rows) for budget, rows in self.teacher_forced.items()])
 
-    def minus_constant(self) -> dict:
-        """Loss of the predictor shown minus that of a constant rate, interpolated at the same retention; over answers."""
+    @cached_property
+    def minus_constant(self) -> pd.DataFrame:
+        """Loss of each budget's predictor minus that of a constant rate, interpolated at the same retention; over answers."""
         wide = self.constant_answers.pivot(index="rate", columns="sequence", values="loss")
         retention = self.constant_answers.groupby("rate").retention.mean().sort_values()
-        losses = wide.loc[retention.index].to_numpy()
-        same = [np.interp(self.answers.retention.mean(), retention, losses[:, i]) for i in range(losses.shape[1])]
-        return bootstrap(self.answers.loss - same)
+        losses, rows = wide.loc[retention.index].to_numpy(), []
+        for budget, answers in self.teacher_forced.items():
+            same = [np.interp(answers.retention.mean(), retention, losses[:, i]) for i in range(losses.shape[1])]
+            rows.append({"budget": budget, "retention": answers.retention.mean()} | bootstrap(answers.loss - same))
+        return pd.DataFrame(rows)
+
+    @cached_property
+    def rate_change(self) -> pd.DataFrame:
+        """Change of the rate from the first third of an answer to the first task to its last, for each budget."""
+        rows = []
+        for budget, answers in self.teacher_forced.items():
+            changes = rate_changes(answers[answers.task == self.task].to_dict("records"))
+            rows.append({"budget": budget} | bootstrap(changes))
+        return pd.DataFrame(rows)
 
     @cached_property
     def gradient(self) -> pd.DataFrame:
@@ -170,7 +189,8 @@ def measure(
         f"{len(unseen)} unseen to test{left_out(unseen)}, residency {residency}, seed {seed}"
     )
     generation = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    return Predictors(loaded, processor, unseen, test, shown, trained, four_rates, measured_on, generation)
+    place = model_and_images(model, unseen)
+    return Predictors(loaded, processor, unseen, test, shown, trained, four_rates, measured_on, place, generation)
 
 
 def train_all(
@@ -196,11 +216,9 @@ def _mean_loss(answers: pd.DataFrame) -> dict:
 
 def record(chapter: Chapter, measured: Predictors) -> None:
     """The chapter's headline numbers and sentences."""
-    budget, forced = measured.settings.budget, measured.answers
-    change = bootstrap(rate_changes(forced[forced.task == measured.task].to_dict("records")))
+    budget = measured.settings.budget
+    change, versus = (table.set_index("budget").loc[budget] for table in (measured.rate_change, measured.minus_constant))
     four = rate_changes(teacher_forced(measured.model, measured.four_rates, measured.prepared))
-    versus = measured.minus_constant()
-    miss = 100 * (measured.retention.value - measured.retention.budget).abs().max()
     signs = measured.signs[measured.signs.budget == budget].set_index("sign").measured
     chapter.number("four_rates_change", np.mean(four))
     chapter.number("rate_change", change)
@@ -208,7 +226,7 @@ def record(chapter: Chapter, measured: Predictors) -> None:
     chapter.number("grid_step", 1 / measured.settings.n_rates)
     chapter.number("n_rates", measured.settings.n_rates)
     chapter.number("shown_budget", budget)
-    chapter.number("worst_miss_points", miss)
+    chapter.number("worst_miss_points", measured.worst_miss)
     chapter.number("loss_minus_constant", versus)
     chapter.number("rate_entropy", signs["entropy"])
     chapter.number("information_task", signs["information on the task"])
@@ -216,16 +234,23 @@ def record(chapter: Chapter, measured: Predictors) -> None:
     chapter.text("shown_task", measured.task.replace("_", " "))
     record_gradient(chapter, measured)
     chapter.text("diagnosis", diagnostics.warnings_by_sign({b: trained.signs for b, trained in measured.trained.items()}))
-    rising = "rise" if change["low"] > 0 else "fall" if change["high"] < 0 else "neither rise nor fall significantly"
-    verdict = "has a lower loss than" if versus["high"] < 0 else "has a higher loss than" if versus["low"] > 0 else (
-        "shows no significant difference from")  # fmt: skip
-    chapter.text(
-        "predictor_finding",
-        f"**A linear predictor meets its budgets within {miss:.1f} points. Its rates {rising} over a "
-        f"{measured.task.replace('_', ' ')}, and at equal retention ({budget:g}) it {verdict} a constant rate "
-        f"({versus['value']:+.3f} nats a token, {versus['low']:+.3f} to {versus['high']:+.3f}).**",
-    )
+    chapter.text("predictor_finding", finding(measured))
     chapter.text("predictor_measured_on", measured.measured_on)
+
+
+def finding(measured: Predictors) -> str:
+    """At every budget: whether it is met, what the predictor's loss is beside a constant's, and whether its rates rise."""
+    versus, change = measured.minus_constant, measured.rate_change
+    budgets = f"its {len(versus)} budgets" if len(versus) > 1 else "its budget"
+    losses = ", ".join(f"{in_words(row, '+.3f')} at {row['budget']:g}" for row in versus.to_dict("records"))
+    (lower, higher), (falling, rising) = (((of.high < 0).sum(), (of.low > 0).sum()) for of in (versus, change))
+    rates = f"Its rates rise over a {measured.task.replace('_', ' ')} at {rising} and fall at {falling} of them. "
+    return (
+        f"**With {measured.place}, a linear predictor meets {budgets} within {measured.worst_miss:.1f} points of retention. At "
+        f"equal retention its loss is lower than a constant rate's at {lower} and higher at {higher} of {len(versus)}: {losses} "
+        f"(predictor minus constant, nats a token).** {rates if change.n.any() else ''}95 % intervals, n = {versus.n.max()} "
+        "unseen answers, one seed of training for each budget. Equal retention is not equal computation."
+    )
 
 
 def record_gradient(chapter: Chapter, measured: Predictors) -> None:
