@@ -145,3 +145,15 @@ def test_two_lines_are_compared_sample_by_sample():
     rows = pd.DataFrame({"label": list("aabb"), "sample": [1, 2, 2, 1], "score": [1.0, 0.5, 0.5, 0.6]})
     assert ablations.difference(rows, "a", "b")["value"] == pytest.approx(0.2)
     assert ablations.difference(rows, "a", "c") is None
+
+
+def test_the_papers_table_has_this_runs_lines_beside_it_where_there_are_some():
+    line = {"task": "description", "low": 0.8, "high": 1.0}
+    table = pd.DataFrame([
+        line | {"group": "constant rate", "label": "1", "value": 0.9, "retention": 1.0, "macs": 10.0},
+        line | {"group": "which layers", "label": "FixedPrune", "value": 0.85, "retention": 0.33, "macs": 6.0},
+    ])  # fmt: skip
+    shown = ablations.beside_reported("table4b_pruning_strategy", table, "right slots").set_index("strategy")
+    assert shown.loc["DyRate (FP)"].tolist() == ["107.00", "28.80", "0.85 (0.80 to 1.00)", 0.33, pytest.approx(0.6)]
+    assert shown["here: right slots"]["FastV"] == "" and shown["here: computation"].isna().to_dict()["DyRate (DP)"]
+    assert set(ablations.beside_reported("table4a_decoding", table.iloc[:0], "right slots")["here: right slots"]) == {""}

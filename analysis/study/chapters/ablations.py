@@ -34,6 +34,11 @@ from study.predictors import condition_of
 from study.scores import scored
 
 KEYS = {"group", "label", "strategy", "fields", "generate", "train", "predictor"}
+REPORTED = {  # the paper's names of lines in Table IV, and where the same stands here: group and label
+    "Greedy": ("decoding", "greedy"), "Beam-2": ("decoding", "beam-2"), "Beam-5": ("decoding", "beam-5"),
+    "top_p": ("decoding", "top-p 0.9"), "LLaVA": ("constant rate", "1"), "FastV": ("constant rate", "0.5"),
+    "DyRate (FP)": ("which layers", "FixedPrune"), "DyRate (DP)": ("which layers", "DepthPrune"),
+}  # fmt: skip
 CONSTANT = "constant rate"  # the group of lines that the others are compared with
 
 
@@ -168,6 +173,25 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
                 row |= {f"{name}_all_low": every["low"], f"{name}_all_high": every["high"]}
         table.append(row)
     return pd.DataFrame(table)
+
+
+def beside_reported(name: str, table: pd.DataFrame, unit: str) -> pd.DataFrame:
+    """One of the paper's tables (`data/reported/<name>.csv`) with this run's lines beside it; blank where none is alike.
+
+    table: `summary` of one task; unit: what its score is.
+    """
+    reported = pd.read_csv(ROOT / "data" / "reported" / f"{name}.csv", dtype=str)
+    lines = table.drop_duplicates(["group", "label"]).set_index(["group", "label"])
+    whole = lines.macs.get((CONSTANT, "1"), np.nan)
+    rows = []
+    for strategy in reported.strategy:
+        where = REPORTED.get(strategy)
+        row = lines.loc[where] if where in lines.index else None
+        rows.append({
+            f"here: {unit}": "" if row is None else in_words(row), "here: retention": np.nan if row is None else row.retention,
+            "here: computation": np.nan if row is None else row.macs / whole,
+        })  # fmt: skip
+    return reported.rename(columns=lambda c: f"reported: {c}" if c != "strategy" else c).join(pd.DataFrame(rows))
 
 
 def _constant_at(cost: float, rows: pd.DataFrame, kind: str) -> pd.Series:
