@@ -134,3 +134,11 @@ def test_what_cdpruners_relevance_is_worth_is_said_where_it_was_measured():
     text = relevance_sentence(comparison(Full=0.2, CDPruner=0.05, DiversityAlone=-0.1), "description")
     assert "scores higher than the same selection without relevance (+0.150, +0.150 to +0.150)" in text
     assert "not measured" in relevance_sentence(comparison(Full=0.2, CDPruner=0.05), "description")
+
+
+def test_every_compared_method_has_one_panel():
+    found = families(["Full", "RandomPrune", *comparison.methods(), "DyRate", "ANewOne"])
+    drawn = [name for names in found.values() for name in names]
+    assert len(set(drawn)) == len(drawn) and set(drawn) == {*comparison.methods(), "DyRate", "ANewOne"} - {"RandomPrune"}
+    assert "ANewOne" in found["controls"] and max(map(len, found.values())) <= 7
+    assert families(["Full", "RandomPrune"]) == {"controls": []}

@@ -1,4 +1,4 @@
-"""Strategies side by side: quality against computation, and loss by task."""
+"""Strategies side by side: quality against computation by families of methods, and loss by task."""
 
 from __future__ import annotations
 
@@ -7,66 +7,80 @@ import pandas as pd
 import seaborn
 from matplotlib.figure import Figure
 
-from dyrate.strategies import STRATEGIES
 from study.figures.style import axes_of
 
+FAMILIES = {  # of methods, by where and by what they choose; one panel each, with random pruning for comparison
+    "inside the decoder": ("FastV", "FastVRerank", "PyramidDrop", "SparseVLM", "DART"),
+    "before the decoder": ("VisionZip", "PruMerge", "PruMergePlus", "DivPrune", "VisPruner", "CDPruner"),
+    "by depth or by step": ("VTW", "FixedPrune", "DepthPrune", "DyCoke", "DSTP", "DyRate"),
+    "controls": ("LinearAnneal", "Oracle", "UniformPool", "NoRoPE", "DiversityAlone", "WorstFirst"),
+}  # fmt: skip
+HUES = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
+MARKS = "osD^vP"
+RANDOM = "RandomPrune"
 
-def method_styles() -> dict[str, dict]:
-    """Colour, mark and dash of each registered strategy: published methods in colour, controls in grey."""
-    published = [name for name, cls in STRATEGIES.items() if not cls.control and name != "Full"]
-    controls = [name for name, cls in STRATEGIES.items() if cls.control]
-    palette = seaborn.color_palette("colorblind", 10)
-    styles = {"Full": {"color": "black", "marker": "*", "linestyle": "-"}}
-    for i, name in enumerate(published):
-        styles[name] = {"color": palette[i % 10], "marker": "osD^vPXp<"[i % 9], "linestyle": "-"}
-    for i, name in enumerate(controls):
-        styles[name] = {"color": "#777777", "marker": "1234+x|_.,"[i % 10], "linestyle": ":"}
-    return styles
+
+def families(methods: list[str]) -> dict[str, list[str]]:
+    """The methods in each family that has some; those of no family with the controls, where random pruning may stand alone."""
+    known = {name for names in FAMILIES.values() for name in names} | {"Full", RANDOM}
+    found = {family: [m for m in names if m in methods] for family, names in FAMILIES.items()}
+    found["controls"] += [m for m in methods if m not in known]
+    found = {family: names for family, names in found.items() if names}
+    return found or {"controls": []}
 
 
 def pareto(summary: pd.DataFrame, groups: dict[str, str]) -> Figure:
-    """Score against the decoder's multiply-accumulates, one panel a group of tasks; a line joins one method's budgets.
+    """Score against the decoder's multiply-accumulates: a row a group of tasks, a column a family of methods.
 
-    summary: rows of `study.scores.compare`. groups: task -> what its score is.
+    summary: rows of `study.scores.compare`; a line joins one method's budgets. groups: task -> what its score is.
     """
-    columns = min(2, len(groups))
-    lines = -(-len(groups) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.6 * lines))
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    styles = method_styles()
-    for axis, (task, unit) in zip(axes, groups.items(), strict=False):
-        rows = summary[summary.task == task]
-        full = rows[rows.method == "Full"].iloc[0]
-        axis.axhline(full.value, color="black", linewidth=0.9)
-        if full.n > 1:  # else the interval has no ends
-            axis.axhspan(full.low, full.high, color="black", alpha=0.08, linewidth=0)
-        for method, line in rows[rows.method != "Full"].groupby("method", sort=False):
-            line = line.sort_values("macs_share")
-            error = np.stack([line.value - line.low, line.high - line.value])
-            axis.errorbar(
-                100 * line.macs_share, line.value, error, **styles[method], label=method, markersize=5, linewidth=1,
-                elinewidth=0.6,
-            )  # fmt: skip
-        axis.set(title=task, xlabel="decoder multiply-accumulates\n(% of Full)", ylabel=unit)
-    handles, names = axes[0].get_legend_handles_labels()
-    if len(groups) < len(axes):
-        axes[-1].set_axis_off()
-        axes[-1].legend(handles, names, loc="center", ncols=2, frameon=False)
-    else:
-        figure.legend(handles, names, loc="outside lower center", ncols=3)
+    columns = families(list(dict.fromkeys(summary.method)))
+    figure = Figure(figsize=(2.5 * max(2, len(columns)), 2.1 * len(groups) + 1.4))
+    axes = figure.subplots(len(groups), len(columns), squeeze=False, sharex=True, sharey="row")
+    for axis, family in zip(axes[0], columns, strict=True):
+        axis.set_title(family, fontsize=10)
+    for line, (task, unit) in zip(axes, groups.items(), strict=True):
+        for axis, names in zip(line, columns.values(), strict=True):
+            _draw(axis, summary[summary.task == task], names)
+        line[0].set_ylabel(f"{task.replace('_', ' ')}\n{unit}", fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("multiply-accumulates\n(% of unpruned)", fontsize=8)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.42), fontsize=8, frameon=False)
     return figure
 
 
-def loss_heat(summary: pd.DataFrame) -> Figure:
-    """Change of the score against Full in percent of Full's, condition by task; rows from the smallest loss to the largest."""
-    rows = summary[summary.method != "Full"]
+def _draw(axis, rows: pd.DataFrame, names: list[str]) -> None:
+    """The unpruned score as a line and band, random pruning dotted, and each method in its own hue and mark."""
+    full = rows[rows.method == "Full"].iloc[0]
+    axis.axhline(full.value, color="black", linewidth=0.9)
+    if full.n > 1:  # else the interval has no ends
+        axis.axhspan(full.low, full.high, color="black", alpha=0.08, linewidth=0)
+    styles = {RANDOM: {"color": "#777777", "marker": "x", "linestyle": ":", "label": "random pruning"}}
+    styles |= {
+        name: {"color": HUES[i % len(HUES)], "marker": MARKS[i % len(MARKS)], "label": name, "linestyle": "-"}
+        for i, name in enumerate(names)
+    }
+    for method, style in styles.items():
+        line = rows[rows.method == method].sort_values("retention")
+        if len(line):
+            error = np.stack([line.value - line.low, line.high - line.value])
+            axis.errorbar(100 * line.macs_share, line.value, error, **style, markersize=4, linewidth=1, elinewidth=0.6)
+
+
+def loss_heat(summary: pd.DataFrame, retention: float) -> Figure:
+    """Change of the score against no pruning in percent of the unpruned one, method by task; the smallest losses above.
+
+    retention: the ratio at which methods are shown; what has none of its own is shown as it is.
+    """
+    rows = summary[(summary.method != "Full") & ((summary.budget == retention) | ~summary.method.isin(
+        summary.method[summary.budget == retention]))]  # fmt: skip
     change = rows.assign(change=100 * rows.difference_value / (rows.value - rows.difference_value))
     table = change.pivot(index="label", columns="task", values="change")
     table = table.loc[table.mean(axis=1).sort_values(ascending=False).index, list(dict.fromkeys(rows.task))]
-    figure, axis = axes_of(8.2, 0.6 + 0.27 * len(table))
+    figure, axis = axes_of(8.2, 0.9 + 0.27 * len(table))
     seaborn.heatmap(
         table, ax=axis, cmap="RdBu", center=0, vmin=-100, vmax=100, annot=True, fmt=".0f", annot_kws={"fontsize": 7},
-        cbar_kws={"label": "change of the score (% of Full's)"},
+        cbar_kws={"label": "change of the score (% of the unpruned)"},
     )  # fmt: skip
     axis.set(xlabel="", ylabel="")
     axis.tick_params(axis="x", rotation=35)
