@@ -11,17 +11,19 @@ from study.chapters.comparison import (
     finding,
     lineup,
     measure,
+    methods,
     relevance_sentence,
     short_answers,
 )
+from study.figures.comparison import families
 
 
 def test_the_lineup_has_every_strategy_at_every_retention():
     conditions = lineup([0.5, 0.1], 8)
     assert len({c.label for c in conditions}) == len(conditions)
     assert (conditions[0].label, conditions[0].budget) == ("Full", None)
-    methods = {c.method for c in conditions}
-    assert {"FastV", "VisionZip", "Oracle", "RandomPrune"} <= methods and not {"DyRate", "Constant", "TaskConstant"} & methods
+    compared = {c.method for c in conditions}
+    assert {"FastV", "VisionZip", "Oracle", "RandomPrune"} <= compared and not {"DyRate", "Constant", "TaskConstant"} & compared
     assert all(type(c.strategy).__name__ == c.method for c in conditions)
     assert [(c.budget, round(c.strategy.rate, 6)) for c in conditions if c.method == "FastV"] == [(0.5, 0.5), (0.1, 0.9)]
     assert "Oracle" not in {c.method for c in lineup([0.5], 8, scenes=False)}
@@ -137,8 +139,8 @@ def test_what_cdpruners_relevance_is_worth_is_said_where_it_was_measured():
 
 
 def test_every_compared_method_has_one_panel():
-    found = families(["Full", "RandomPrune", *comparison.methods(), "DyRate", "ANewOne"])
+    found = families(["Full", "RandomPrune", *methods(), "DyRate", "ANewOne"])
     drawn = [name for names in found.values() for name in names]
-    assert len(set(drawn)) == len(drawn) and set(drawn) == {*comparison.methods(), "DyRate", "ANewOne"} - {"RandomPrune"}
+    assert len(set(drawn)) == len(drawn) and set(drawn) == {*methods(), "DyRate", "ANewOne"} - {"RandomPrune"}
     assert "ANewOne" in found["controls"] and max(map(len, found.values())) <= 7
     assert families(["Full", "RandomPrune"]) == {"controls": []}
