@@ -85,7 +85,7 @@ def query_bias(
 
 
 BELL = 0.15  # width of the logits around a rate
-CARD_SETTINGS = ("unit", "budget", "budget_penalty", "steps", "seed")
+CARD_SETTINGS = ("recipe", "features", "unit", "budget", "budget_penalty", "steps", "seed")
 CARD = """---
 {data}
 ---
