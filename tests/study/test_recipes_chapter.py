@@ -60,11 +60,15 @@ def test_the_finding_follows_the_intervals(monkeypatch, low, high, loss, score):
     said = recipes.finding(())
     assert f"`curves-0.25` {loss} the loss" in said and f"the score of `curves-0.25` {score}" in said
     assert "the paper's recipe (`evict-0.33`) raises the loss" in said
+    assert "score of generated answers" in recipes.front_page(()) and "(20 answers, 3 trainings)" in recipes.front_page(())
+    monkeypatch.setattr(recipes, "answers", lambda _: pd.DataFrame())
+    assert "gain in teacher-forced loss" in recipes.front_page(())
+    monkeypatch.setattr(recipes, "answers", lambda _: pd.DataFrame([row]))
     assert len(recipes.losses_shown(recipes.losses(()))) == 2 and len(recipes.answers_shown(recipes.answers(()))) == 1
 
 
 def test_without_predictors_the_pages_say_so(monkeypatch):
     monkeypatch.setattr(recipes, "at_hand", lambda _: pd.DataFrame(columns=["laboratory", "recipe"]))
-    assert "nothing has been trained" in recipes.finding((None,)[:0])
+    assert "nothing has been trained" in recipes.finding(()) and "have not been compared" in recipes.front_page(())
     assert "no predictor" in recipes.losses_shown(recipes.losses(())).laboratory[0]
     assert "no answers" in recipes.answers_shown(recipes.answers(())).laboratory[0]

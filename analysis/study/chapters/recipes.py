@@ -126,6 +126,21 @@ def finding(laboratories: tuple[Measured, ...]) -> str:
     return text
 
 
+def front_page(laboratories: tuple[Measured, ...]) -> str:
+    """What the front page says of DyRate: each recipe against a constant, in answers where there are some, else in losses."""
+    table = answers(laboratories)
+    what, unit = ("score of generated answers", "") if len(table) else ("gain in teacher-forced loss", " nats a token")
+    table = table if len(table) else losses(laboratories)
+    parts = [
+        f"{_name(row['recipe'])} {in_words(row, SIGNED)}{unit} on {row['laboratory']} at a measured mean retention of "
+        f"{row['retention']:.2f} ({row['n']} answers, {row['seeds']} trainings)"
+        for row in table.to_dict("records")
+    ]
+    if not parts:
+        return "Ways to train the predictor have not been compared."
+    return f"DyRate minus one constant rate that keeps as much ({what}, FastV's ranking, evicted): {'; '.join(parts)}."
+
+
 def _loss_said(row: dict) -> str:
     side = "lowers" if row["low"] > 0 else "raises" if row["high"] < 0 else "does not significantly change"
     return (
@@ -167,6 +182,7 @@ def record(chapter: Chapter, laboratories: tuple[Measured, ...], lab: Measured) 
     chapter.number("inert_steps", tables["inert"].set_index("task").loc["all"])
     chapter.text("recipes_finding", finding(laboratories))
     chapter.text("recipes_reasons", reasons(lab))
+    chapter.text("front_page", front_page(laboratories))
     about = lab.about
     for of in answered(laboratories):
         n = generated(of.folder, layer=of.layer).groupby("task")["sample"].nunique().max()
