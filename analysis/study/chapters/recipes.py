@@ -161,11 +161,18 @@ def reasons(lab: Measured) -> str:
     table = slopes(lab)
     n = table[table.kind == MEASURED].task.nunique()
     wrong = [f"at temperature {size:g} in {len(tasks)} of {n} tasks" for size, tasks in sorted(wrong_signs(table).items())]
+    steepest = table[table.kind == MEASURED].set_index("task").value.idxmax()
+    of = table[table.task == steepest].set_index("size")
+    hottest = of[of.kind == BACKWARD].iloc[of[of.kind == BACKWARD].index.argmax()]
+    measured = of[of.kind == MEASURED].iloc[0]
     return (
-        f"On {lab.name} {100 * share.value:.0f} % ({100 * share.low:.0f} to {100 * share.high:.0f}) of the steps evict nothing, "
-        "since their rate is not above an earlier one. For these the straight-through gradient towards any lower rate is zero "
-        f"(largest found: {still:.2g}): nothing teaches a late step to keep more, and only the highest rate so far decides. The "
-        f"slope of the loss by the drop rate has the wrong sign {', '.join(wrong)}."
+        f"On {lab.name} {100 * share.value:.0f} % ({100 * share.low:.0f} to {100 * share.high:.0f}) of an answer's steps evict "
+        "nothing, since their rate is not above an earlier one. For these the straight-through gradient towards any lower rate "
+        f"is zero (largest found: {still:.2g}): nothing teaches a late step to keep more, and only the highest rate so far "
+        "decides. Where rates do decide, the gradient sees little of what they do: in answers to the task "
+        f"{steepest.replace('_', ' ')} the loss rises by {in_words(measured)} nats a token for a unit of the drop rate, and the "
+        f"gradient at temperature {hottest.name:g} says {in_words(hottest)}. Its mean over answers has another sign than the measured slope "
+        f"{', '.join(wrong)}."
     )
 
 

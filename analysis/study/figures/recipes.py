@@ -25,6 +25,7 @@ def recipe_gains(losses: pd.DataFrame, answers: pd.DataFrame) -> Figure:
             at = row.value, rows.index((row.laboratory, row.recipe))
             axis.errorbar(*at, xerr=error, color=POLICY_COLOURS["DyRate"], marker="o", markersize=6, elinewidth=1.2)
         axis.set(xlabel=what)
+        axis.locator_params(axis="x", nbins=5)
     first = axes.ravel()[0]
     first.set_yticks(range(len(rows)), [f"{recipe}\n({laboratory})" for laboratory, recipe in rows])
     first.set_ylim(len(rows) - 0.5, -0.5)
@@ -44,7 +45,7 @@ def gradient_slopes(table: pd.DataFrame) -> Figure:
         axis.axhline(0, color="black", linewidth=0.9)
         for x, (row, colour) in enumerate(zip(rows.itertuples(), colours, strict=True)):
             axis.errorbar(x, row.value, [[row.value - row.low], [row.high - row.value]], color=colour, marker="o", elinewidth=1.2)
-        names = ["measured" if row.kind == "measured" else f"gradient, {row.size:g}" for row in rows.itertuples()]
+        names = ["measured" if row.kind == "measured" else f"gradient, T = {row.size:g}" for row in rows.itertuples()]
         axis.set_xticks(range(len(rows)), names, rotation=60, ha="right", fontsize=8)
         axis.set(title=task.replace("_", " "), xlim=(-0.5, len(rows) - 0.5))
     axes.ravel()[0].set_ylabel("change of the loss per unit\nof the drop rate (nats a token)")
