@@ -171,8 +171,8 @@ def reasons(lab: Measured) -> str:
         f"is zero (largest found: {still:.2g}): nothing teaches a late step to keep more, and only the highest rate so far "
         "decides. Where rates do decide, the gradient sees little of what they do: in answers to the task "
         f"{steepest.replace('_', ' ')} the loss rises by {in_words(measured)} nats a token for a unit of the drop rate, and the "
-        f"gradient at temperature {hottest.name:g} says {in_words(hottest)}. Its mean over answers has another sign than the measured slope "
-        f"{', '.join(wrong)}."
+        f"gradient at temperature {hottest.name:g} says {in_words(hottest)}. Its mean over answers has another sign than "
+        f"the measured slope {', '.join(wrong)}."
     )
 
 
