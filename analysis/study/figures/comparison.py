@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textwrap import wrap
+
 import numpy as np
 import pandas as pd
 import seaborn
@@ -42,7 +44,7 @@ def pareto(summary: pd.DataFrame, groups: dict[str, str]) -> Figure:
     for line, (task, unit) in zip(axes, groups.items(), strict=True):
         for axis, names in zip(line, columns.values(), strict=True):
             _draw(axis, summary[summary.task == task], names)
-        line[0].set_ylabel(f"{task.replace('_', ' ')}\n{unit}", fontsize=8)
+        line[0].set_ylabel("\n".join([task.replace("_", " "), *wrap(unit, 22)]), fontsize=8)
     for axis in axes[-1]:
         axis.set_xlabel("multiply-accumulates\n(% of unpruned)", fontsize=8)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.42), fontsize=8, frameon=False)
