@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from dyrate.recording import Recording
+from study import figures
 from study.chapters import attention
 from study.pocket.scenes import Group, Scene
 
@@ -110,3 +111,9 @@ def test_curves_stop_where_few_answers_go_on():
     assert isinstance(curves, pd.DataFrame)
     assert curves.step.max() == 4
     assert np.allclose(curves[curves.what == "raw"].value, 0.5)
+
+
+def test_answers_that_are_too_short_leave_a_figure_without_a_warning(recwarn):
+    """Captions of noise may all be: a legend of nothing would warn on the page."""
+    figure = figures.course_by_task(pd.DataFrame(columns=["task", "position", "value", "low", "high"]))
+    assert "no answer is long enough" in figure.axes[0].texts[0].get_text() and not len(recwarn)

@@ -85,7 +85,10 @@ def course_by_task(course: pd.DataFrame) -> Figure:
         xlim=(0, 1),
     )
     axis.set_ylim(bottom=0)
-    axis.legend(loc="best")
+    if len(course):
+        axis.legend(loc="best")
+    else:
+        axis.text(0.5, 0.5, "no answer is long enough to have a course", ha="center", transform=axis.transAxes)
     return figure
 
 
