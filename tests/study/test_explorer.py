@@ -242,9 +242,9 @@ def test_choosing_changes_what_is_shown(browser):
         right = sum(mark[-1] for mark in stored["answers"][label]["marks"])
         assert browser.value(text("pruned-right")) == f"{right} of {4 * len(stored['groups'])} slots right"
         assert browser.value("document.querySelectorAll('[data-part=pruned] .right').length") >= right
-    browser.value("(s => { s.value = 'pocket-dropped'; s.dispatchEvent(new Event('change', {bubbles: true})) })"
+    browser.value("(s => { s.value = 'smol'; s.dispatchEvent(new Event('change', {bubbles: true})) })"
                   "(document.querySelector('select'))")  # fmt: skip
-    answer = expected(trace("pocket-dropped", 3), "FastV 0.75", 0)  # it has no predictor: the first that there is
+    answer = expected(trace("smol", 3), "FastV 0.75", 0)  # it has no predictor: the first that there is
     browser.wait(f"{text('pruned')}.trim() === {json.dumps(answer[1])}")
     assert shown(browser) == list(answer)
 
