@@ -1,10 +1,12 @@
 """The runner on profiles of a user's own: checking, bad input, a failing cell, photographs, and a book of two chapters."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -107,8 +109,10 @@ def test_short_answers_alone_and_one_strategy_make_a_book(tmp_path):
     assert "not measured here" in texts["fastv_ranking"]
     out = tmp_path / "book" / "_build"
     command = [sys.executable, "book/build.py", "--profile", "few", "--out", str(out), "--repository", "", "--site", ""]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    alone = os.environ | {"PATH": str(Path(sys.executable).parent)}  # where no browser is
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=alone)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "no PDF of the whole book" in done.stdout and not (out / "singlehtml").exists()
     page = (out / "html" / "intro.html").read_text(encoding="utf-8")
     assert "One of the images, and the model’s answer" in page and "scene of the pocket" not in page
     assert "Not run with this profile" in (out / "html" / "made.html").read_text(encoding="utf-8")
