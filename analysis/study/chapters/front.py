@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from study.chapters.laboratories import Laboratory
-from study.headroom.confirm import generated
+from study.headroom.confirm import by_recipe, generated
 from study.headroom.frontier import number, resampled
 from study.headroom.report import PAPER
 
@@ -24,17 +24,16 @@ def points(lab: Laboratory) -> pd.DataFrame:
     "unpruned" is the reference run's. A laboratory without generated answers has no rows of DyRate.
     """
     asked = pd.concat([lab.rows(part) for part in ("methods", "questions")])
-    rows = [_point("unpruned", asked[asked.method == "Full"], asked[asked.method == "Full"])]
+    full = asked[asked.method == "Full"]
+    rows = [_point("unpruned", full, full)]
     for method in METHODS:
-        for _, of in asked[asked.method == method].groupby("budget"):
-            rows.append(_point(method, of, asked[asked.method == "Full"]))
+        rows += [_point(method, of, full) for _, of in asked[asked.method == method].groupby("budget")]
     try:
         answers = generated(Path(lab.folder))
     except FileNotFoundError:
         return pd.DataFrame(rows)
     full = answers[answers.method == "Full"]
-    for method, of in answers[answers.method.str.startswith("DyRate ")].groupby("method"):
-        recipe = method.removeprefix("DyRate ")
+    for recipe, of in by_recipe(answers).items():
         name = "the paper's recipe" if PAPER.fullmatch(recipe) else recipe.split("-")[0]
         rows.append(_point(f"DyRate, {name}", of, full))
     return pd.DataFrame(rows)
@@ -42,13 +41,17 @@ def points(lab: Laboratory) -> pd.DataFrame:
 
 def _point(name: str, rows: pd.DataFrame, full: pd.DataFrame) -> dict:
     """The mean over TASKS, with the interval over answers; several trainings of one method count with their mean."""
-    keys = ["task", "sample"]
-    means = rows[rows.task.isin(TASKS)].assign(macs=lambda r: r.prefill + r.decode).groupby(keys)
-    means = means[["score", "retention", "macs"]].mean()
-    whole = full[full.task.isin(TASKS)].assign(macs=lambda r: r.prefill + r.decode).groupby("task").macs.mean().mean()
+    means, whole = (_by_answer(of) for of in (rows, full))
     weights = resampled(means.index.get_level_values("task").to_numpy())
-    found = {"name": name, "retention": weights[0] @ means.retention, "macs_share": weights[0] @ means.macs / whole}
+    found = {"name": name, "retention": weights[0] @ means.retention, "macs_share": weights[0] @ means.macs}
+    found["macs_share"] /= whole.groupby("task").macs.mean().mean()
     return found | number(weights @ means.score.to_numpy(), len(means))
+
+
+def _by_answer(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean score, retention and multiply-accumulates of each answer to TASKS."""
+    rows = rows[rows.task.isin(TASKS)].assign(macs=lambda r: r.prefill + r.decode)
+    return rows.groupby(["task", "sample"])[["score", "retention", "macs"]].mean()
 
 
 def said(table: pd.DataFrame, name: str) -> str:

@@ -147,7 +147,7 @@ def dyrate_shown(table: pd.DataFrame) -> pd.DataFrame:
         "laboratory": rows.laboratory, "recipe": rows.recipe, "trainings": rows.seeds, "retention": rows.retention,
         "constant": rows.constant, "DyRate": rows.controller, BEST: rows[BEST],
         "gain on the constant": [in_words(row, SIGNED) for row in rows.to_dict("records")],
-        "captured headroom": [_percent(r.captured, r.captured_low, r.captured_high) for r in rows.itertuples()],
+        "captured headroom": [percent(r.captured, r.captured_low, r.captured_high) for r in rows.itertuples()],
     })  # fmt: skip
 
 
@@ -173,7 +173,8 @@ def against_bound(gain: dict) -> str:
     return "equivalent" if gain["low"] > -MATTERS and gain["high"] < MATTERS else "undecided"
 
 
-def _percent(value: float, low: float, high: float) -> str:
+def percent(value: float, low: float, high: float) -> str:
+    """A share with its interval, in percent."""
     return f"{100 * value:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
 
 
@@ -185,12 +186,12 @@ def finding(laboratories: tuple[Measured, ...]) -> str:
     best, parts = headline.loc[(most, BEST)], []
     for policy in ("schedule", "schedule by task", "by features"):
         row = headline.loc[(most, policy)]
-        parts.append(f"{SAID[policy]} captures {_percent(row.captured, row.captured_low, row.captured_high)}")
+        parts.append(f"{SAID[policy]} captures {percent(row.captured, row.captured_low, row.captured_high)}")
     text = (
         f"**At a mean retention of {100 * BUDGET:.0f} % a constant rate costs {best.constant - best.unpruned:.3f} nats a token "
         f"on {most} (FastV's ranking, evicted; {best.constant:.3f} against {best.unpruned:.3f} unpruned), and the best "
         f"trajectory for each answer, which knows the answer, would regain {best.value:.3f} ({best.low:.3f} to {best.high:.3f}), "
-        f"{_percent(best.share, best.share_low, best.share_high)} of that. Of this headroom {'; '.join(parts)}; "
+        f"{percent(best.share, best.share_low, best.share_high)} of that. Of this headroom {'; '.join(parts)}; "
         f"{recipe_said(laboratories, most)}.**"
     )
     return f"{text} {elsewhere(table)} {score_said(laboratories)}"
@@ -207,7 +208,7 @@ def recipe_said(laboratories: tuple[Measured, ...], name: str) -> str:
     ):
         if len(of):
             row = of.loc[(of.retention - BUDGET).abs().idxmin()]
-            share = _percent(row.captured, row.captured_low, row.captured_high)
+            share = percent(row.captured, row.captured_low, row.captured_high)
             parts.append(f"{what} (at its own mean retention of {row.retention:.2f}) captures {share}")
     return " and ".join(parts) or "no predictor is trained for this model yet"
 

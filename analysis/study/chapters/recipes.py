@@ -5,13 +5,14 @@ The rows are those of `study.headroom` (losses and answers of trained predictors
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cache
 
 import pandas as pd
 
 from study.book import Chapter
-from study.chapters.headroom import SIGNED, at_hand, label
-from study.headroom.confirm import MAX_NEW_TOKENS, controllers, generated, questions
+from study.chapters.headroom import SIGNED, at_hand, label, percent
+from study.headroom.confirm import MAX_NEW_TOKENS, by_recipe, controllers, generated, questions
 from study.headroom.report import BEST_OTHER, PAPER, Measured
 from study.intervals import bootstrap, in_words
 
@@ -29,28 +30,29 @@ def losses(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
 @cache
 def answers(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
     """The same in the score of generated answers; laboratories without any are left out."""
-    found = [controllers(generated(lab.folder, layer=lab.layer)).assign(laboratory=label(lab)) for lab in answered(laboratories)]
+    found = [controllers(rows).assign(laboratory=label(lab)) for lab, rows in answered(laboratories).items()]
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["laboratory", "recipe"])
 
 
-def answered(laboratories: tuple[Measured, ...]) -> list[Measured]:
-    """Laboratories in which trained predictors have generated answers."""
-    files = {lab: lab.folder / f"headroom_layer{lab.layer}_generated_evict.csv.gz" for lab in laboratories}
-    there = [lab for lab, path in files.items() if path.exists()]
-    return [lab for lab in there if generated(lab.folder, layer=lab.layer).method.str.startswith("DyRate ").any()]
+@cache
+def answered(laboratories: tuple[Measured, ...]) -> dict[Measured, pd.DataFrame]:
+    """The generated answers of the laboratories in which trained predictors have some."""
+    found = {}
+    for lab in laboratories:
+        with suppress(FileNotFoundError):
+            found[lab] = generated(lab.folder, layer=lab.layer)
+    return {lab: rows for lab, rows in found.items() if by_recipe(rows)}
 
 
 def by_task(lab: Measured) -> pd.DataFrame:
     """Mean retention and score of each recipe's generated answers to each task, beside no pruning and a constant rate."""
     rows = generated(lab.folder, layer=lab.layer)
-    rows = rows[(rows.method == "Full") | (rows.label == "constant 0.25") | rows.method.str.startswith("DyRate ")]
-    means = rows.groupby(["method", "task"], sort=False)[["retention", "score"]].mean().unstack("method")
-    shown = pd.DataFrame({"task": means.index.str.replace("_", " "), "unpruned": means["score"]["Full"].to_numpy()})
-    shown["constant of 25 %"] = means["score"]["constant"].to_numpy()
-    for method in (m for m in means["score"] if m.startswith("DyRate ")):
-        for what in ("retention", "score"):
-            shown[f"{method.removeprefix('DyRate ')}: {what}"] = means[what][method].to_numpy()
-    return shown
+    columns = {"unpruned": rows[rows.method == "Full"].groupby("task", sort=False).score}
+    columns["constant of 25 %"] = rows[rows.label == "constant 0.25"].groupby("task").score
+    for recipe, of in by_recipe(rows).items():
+        columns |= {f"{recipe}: {what}": of.groupby("task")[what] for what in ("retention", "score")}
+    shown = pd.DataFrame({name: of.mean() for name, of in columns.items()}).loc[rows.task.unique()]
+    return shown.rename(index=lambda task: task.replace("_", " ")).rename_axis("task").reset_index()
 
 
 def gradients(lab: Measured, what: str) -> pd.DataFrame:
@@ -91,22 +93,22 @@ def losses_shown(table: pd.DataFrame) -> pd.DataFrame:
     """`losses` for the page."""
     if table.empty:
         return pd.DataFrame({"laboratory": ["no predictor is trained for these models yet"]})
-    return pd.DataFrame({
-        "laboratory": table.laboratory, "recipe": table.recipe, "trainings": table.seeds, "answers": table.n,
-        "measured retention": table.retention, "constant": table.constant, "DyRate": table.controller,
-        "gain on the constant": [in_words(row, SIGNED) for row in table.to_dict("records")],
-        "captured headroom": [f"{100 * r.captured:.0f} % ({100 * r.captured_low:.0f} to {100 * r.captured_high:.0f})"
-                              for r in table.itertuples()],
-    })  # fmt: skip
+    captured = [percent(row.captured, row.captured_low, row.captured_high) for row in table.itertuples()]
+    return _gains_shown(table, table.controller).assign(**{"captured headroom": captured})
 
 
 def answers_shown(table: pd.DataFrame) -> pd.DataFrame:
     """`answers` for the page."""
     if table.empty:
         return pd.DataFrame({"laboratory": ["no answers of trained predictors are generated yet"]})
+    return _gains_shown(table, table.score)
+
+
+def _gains_shown(table: pd.DataFrame, reached: pd.Series) -> pd.DataFrame:
+    """Each recipe beside its constant. reached: what DyRate reaches, in the unit of the constant's column."""
     return pd.DataFrame({
         "laboratory": table.laboratory, "recipe": table.recipe, "trainings": table.seeds, "answers": table.n,
-        "measured retention": table.retention, "constant": table.constant, "DyRate": table.score,
+        "measured retention": table.retention, "constant": table.constant, "DyRate": reached,
         "gain on the constant": [in_words(row, SIGNED) for row in table.to_dict("records")],
     })  # fmt: skip
 
@@ -162,16 +164,15 @@ def reasons(lab: Measured) -> str:
     n = table[table.kind == MEASURED].task.nunique()
     wrong = [f"at temperature {size:g} in {len(tasks)} of {n} tasks" for size, tasks in sorted(wrong_signs(table).items())]
     steepest = table[table.kind == MEASURED].set_index("task").value.idxmax()
-    of = table[table.task == steepest].set_index("size")
-    hottest = of[of.kind == BACKWARD].iloc[of[of.kind == BACKWARD].index.argmax()]
-    measured = of[of.kind == MEASURED].iloc[0]
+    of = table[table.task == steepest].sort_values("size").groupby("kind").last()
+    measured, hottest = of.loc[MEASURED], of.loc[BACKWARD]
     return (
         f"On {lab.name} {100 * share.value:.0f} % ({100 * share.low:.0f} to {100 * share.high:.0f}) of an answer's steps evict "
         "nothing, since their rate is not above an earlier one. For these the straight-through gradient towards any lower rate "
         f"is zero (largest found: {still:.2g}): nothing teaches a late step to keep more, and only the highest rate so far "
         "decides. Where rates do decide, the gradient sees little of what they do: in answers to the task "
         f"{steepest.replace('_', ' ')} the loss rises by {in_words(measured)} nats a token for a unit of the drop rate, and the "
-        f"gradient at temperature {hottest.name:g} says {in_words(hottest)}. Its mean over answers has another sign than "
+        f"gradient at temperature {hottest['size']:g} says {in_words(hottest)}. Its mean over answers has another sign than "
         f"the measured slope {', '.join(wrong)}."
     )
 
@@ -191,8 +192,8 @@ def record(chapter: Chapter, laboratories: tuple[Measured, ...], lab: Measured) 
     chapter.text("recipes_reasons", reasons(lab))
     chapter.text("front_page", front_page(laboratories))
     about = lab.about
-    for of in answered(laboratories):
-        n = generated(of.folder, layer=of.layer).groupby("task")["sample"].nunique().max()
+    for of, rows in answered(laboratories).items():
+        n = rows.groupby("task")["sample"].nunique().max()
         chapter.protocol(questions(of, int(n)), max_new_tokens=MAX_NEW_TOKENS)
     chapter.text(
         "recipes_measured_on",

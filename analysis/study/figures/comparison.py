@@ -74,8 +74,8 @@ def loss_heat(summary: pd.DataFrame, retention: float) -> Figure:
 
     retention: the ratio at which methods are shown; what has none of its own is shown as it is.
     """
-    rows = summary[(summary.method != "Full") & ((summary.budget == retention) | ~summary.method.isin(
-        summary.method[summary.budget == retention]))]  # fmt: skip
+    here = summary.budget == retention
+    rows = summary[(summary.method != "Full") & (here | ~summary.method.isin(summary.method[here]))]
     change = rows.assign(change=100 * rows.difference_value / (rows.value - rows.difference_value))
     table = change.pivot(index="label", columns="task", values="change")
     table = table.loc[table.mean(axis=1).sort_values(ascending=False).index, list(dict.fromkeys(rows.task))]

@@ -32,6 +32,7 @@ from study.scores import scored
 
 BUDGETS = (0.25, 0.33)
 CONSTANTS = (0.2, 0.25, 0.33)  # retention ratios between which a constant is read at a predictor's own
+TRAINED = "DyRate "  # before the recipe, in the method of a trained predictor's rows
 OTHER_SCENES = 100_000  # those that chose the schedules come before
 MAX_NEW_TOKENS = 100
 STEPS = 128  # of a schedule; its last rate goes on
@@ -75,7 +76,7 @@ def conditions(measured: Measured, residency: str, budgets: Sequence[float], tra
                 found.append(Condition(f"{method} {budget:g} {side}", strategy, method, budget))
     for name, strategy in trained.items():
         if strategy.residency == residency:
-            found.append(Condition(name, strategy, f"DyRate {recipe_of(name)}"))
+            found.append(Condition(name, strategy, f"{TRAINED}{recipe_of(name)}"))
     return found
 
 
@@ -124,7 +125,7 @@ def generated(folder: Path, *, layer: int = 2, residency: str = "evict") -> pd.D
 
 
 def confirmed(rows: pd.DataFrame) -> pd.DataFrame:
-    """Score and gain on the constant of each method at its retention; tasks weigh alike, answers are paired."""
+    """Score of each method, and its gain on the constant, at the constant's measured retention; tasks weigh alike, paired."""
     wide = _wide(rows)
     weights, n = resampled(wide["score"].index.get_level_values("task").to_numpy()), len(wide["score"])
     table = []
@@ -150,17 +151,23 @@ def controllers(rows: pd.DataFrame) -> pd.DataFrame:
     constants = list(rows[rows.method == "constant"].sort_values("budget").label.unique())
     score, kept = (weights @ wide[column][constants].to_numpy() for column in ("score", "retention"))
     table = []
-    for method, of in rows[rows.method.str.startswith("DyRate ")].groupby("method", sort=False):
+    for recipe, of in by_recipe(rows).items():
         labels = list(of.label.unique())
         own, at = (weights @ wide[column][labels].to_numpy() for column in ("score", "retention"))
         if (at.min(1) < kept.min(1)).any() or (at.max(1) > kept.max(1)).any():
-            raise ValueError(f"{method} keeps {at[0].min():.3f} to {at[0].max():.3f}, outside the constants {constants}")
+            raise ValueError(f"DyRate {recipe} keeps {at[0].min():.3f} to {at[0].max():.3f}, outside the constants {constants}")
         constant = np.array([np.interp(*of) for of in zip(at, kept, score, strict=True)])
         drawn = over_trainings(len(labels), len(weights))
         own, at, constant = (np.take_along_axis(values, drawn, 1).mean(1) for values in (own, at, constant))
-        row = {"recipe": method.removeprefix("DyRate "), "retention": at[0], "score": own[0], "constant": constant[0]}
+        row = {"recipe": recipe, "retention": at[0], "score": own[0], "constant": constant[0]}
         table.append(row | number(own - constant, n) | {"seeds": len(labels)})
     return pd.DataFrame(table)
+
+
+def by_recipe(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The rows of trained predictors by recipe, in the order of its name: the method without what marks it as trained."""
+    trained = rows[rows.method.str.startswith(TRAINED)]
+    return {method.removeprefix(TRAINED): of for method, of in trained.groupby("method")}
 
 
 def _wide(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
