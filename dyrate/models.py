@@ -120,11 +120,15 @@ def _check_family(config, name) -> None:
 def describe(model: PreTrainedModel) -> dict:
     """A model's facts for captions and records: family, parameters, layers, heads, dtype, device, revision (of a hub's)."""
     text = model.config.get_text_config()
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
+    on_gpu = model.device.type == "cuda"
+    device = torch.cuda.get_device_name(model.device) if on_gpu else str(model.device)
+    dtype = str(model.dtype).removeprefix("torch.")
+    if on_gpu and dtype == "float32" and torch.backends.cuda.matmul.allow_tf32:
+        dtype += ", products in TF32"
     return {
         "family": model.config.model_type, "parameters": sum(p.numel() for p in model.parameters()),
         "layers": text.num_hidden_layers, "heads": text.num_attention_heads,
-        "dtype": str(model.dtype).removeprefix("torch."), "device": device,
+        "dtype": dtype, "device": device,
         "revision": getattr(model.config, "_commit_hash", None),
     }  # fmt: skip
 
