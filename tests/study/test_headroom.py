@@ -345,6 +345,22 @@ def test_what_is_answered_has_constants_schedules_and_the_predictors_of_its_resi
     assert not any(c.method.startswith("DyRate") for c in confirm.conditions(report.Measured(tables), "mask", [], trained))
 
 
+def test_answers_from_before_stay_and_only_what_is_missing_is_asked(tables, tmp_path, monkeypatch):
+    def answered(model, processor, wanted, *_, **__):
+        return pd.DataFrame([{"label": c.label, "sample": "0", "scene": "0", "answer": answer} for c in wanted])
+
+    monkeypatch.setattr(confirm.dyrate, "load", lambda *_, **__: (None, None))
+    monkeypatch.setattr(confirm, "answer_all", answered)
+    monkeypatch.setattr(confirm, "questions", lambda *_: None)
+    found = {}
+    for answer, constants, add in (("first", (0.25,), False), ("second", (0.25, 0.4), True)):
+        monkeypatch.setattr(confirm, "CONSTANTS", constants)
+        confirm.confirm(tables, 1, tmp_path, budgets=[], add=add)
+        found[answer] = pd.read_csv(tmp_path / "headroom_layer2_generated_evict.csv.gz").set_index("label").answer.to_dict()
+    assert found["first"] == {"Full": "first", "constant 0.25": "first"}
+    assert found["second"] == found["first"] | {"constant 0.4": "second"}
+
+
 def test_a_predictor_is_held_against_a_constant_of_its_own_retention():
     lines = [("Full", "Full", np.nan, 1.0, 1.0)]
     lines += [(f"constant {kept:g}", "constant", kept, kept, score) for kept, score in ((0.2, 0.4), (0.4, 0.6))]

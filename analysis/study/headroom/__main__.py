@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     confirming.add_argument("--out", type=Path, required=True)
     confirming.add_argument("--store", type=Path, default=Path("build/answers"), help="finished batches")
     confirming.add_argument("--batch-size", type=int, default=100)
+    confirming.add_argument("--add", action="store_true", help="keep the answers in OUT, and give only those it lacks")
     scoring = subparsers.add_parser("score", help="score answers of confirm")
     scoring.add_argument("--from", dest="source", type=Path, required=True)
     for verb in (adding, reporting, confirming, scoring):

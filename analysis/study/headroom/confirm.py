@@ -31,7 +31,7 @@ from study.headroom.report import Measured, library, recipe_of
 from study.scores import scored
 
 BUDGETS = (0.25, 0.33)
-CONSTANTS = (0.2, 0.25, 0.33)  # retention ratios between which a constant is read at a predictor's own
+CONSTANTS = (0.2, 0.25, 0.33, 0.4)  # retention ratios between which a constant is read at a predictor's own
 TRAINED = "DyRate "  # before the recipe, in the method of a trained predictor's rows
 OTHER_SCENES = 100_000  # those that chose the schedules come before
 MAX_NEW_TOKENS = 100
@@ -87,24 +87,31 @@ def questions(measured: Measured, n: int) -> Examples:
 
 def confirm(
     folder: Path, n: int, out: Path, *, layer: int = 2, residency: str = "evict", budgets: Sequence[float] = BUDGETS,
-    predictors: Path | None = None, store: Path = Path("build/answers"), batch_size: int = 100,
+    predictors: Path | None = None, store: Path = Path("build/answers"), batch_size: int = 100, add: bool = False,
 ) -> None:  # fmt: skip
     """Answer `n` questions a task under each condition and write the answers into `out`.
 
-    folder: of the measured losses; predictors: a folder of trained ones, to answer too.
+    folder: of the measured losses; predictors: a folder of trained ones, to answer too. add: answers that `out` has from before
+    stay, and only the conditions that it lacks are answered, with the same `n`.
     """
-    measured = Measured(folder, layer)
+    measured, path = Measured(folder, layer), out / _file(layer, residency)
+    known = [_answers(path)] if add else []
+    labels = {label for rows in known for label in rows.label}
     model, processor = dyrate.load(measured.name, dtype=torch.float32)
     wanted = conditions(measured, residency, budgets, trained_here(predictors, layer, model))
+    wanted = [condition for condition in wanted if condition.label not in labels]
     how = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": batch_size}
-    rows = answer_all(model, processor, wanted, questions(measured, n), store, **how)
-    path = out / _file(layer, residency)
+    rows = pd.concat([*known, answer_all(model, processor, wanted, questions(measured, n), store, **how)], ignore_index=True)
     write_whole(path, lambda path: rows.to_csv(path, index=False, compression="gzip"))
+
+
+def _answers(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, keep_default_na=False, dtype={"sample": str, "scene": str})
 
 
 def score(source: Path, folder: Path, *, layer: int = 2, residency: str = "evict") -> None:
     """Score answers that `confirm` wrote into `source`, and write them without their texts into the laboratory's folder."""
-    rows = pd.read_csv(source / _file(layer, residency), keep_default_na=False, dtype={"sample": str, "scene": str})
+    rows = _answers(source / _file(layer, residency))
     measured, n = Measured(folder, layer), rows.groupby("task")["sample"].nunique().max()
     columns = ["label", "method", "budget", "sample", "task", "tokens", "retention", "prefill", "decode", "score"]
     table = scored(rows.assign(budget=pd.to_numeric(rows.budget)), questions(measured, int(n)))[columns]
