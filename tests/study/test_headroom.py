@@ -325,7 +325,8 @@ def test_schedules_to_be_answered_lie_on_both_sides_of_the_budget(tables, method
 
 def test_scores_are_read_between_two_schedules():
     rows = [
-        {"label": label, "method": method, "budget": budget, "task": "qa_place", "sample": i, "retention": kept, "score": score}
+        {"label": label, "method": method, "budget": budget, "task": "qa_place", "sample": i, "retention": kept, "score": score,
+         "prefill": kept, "decode": kept}
         for label, method, budget, kept, score in (
             ("Full", "Full", np.nan, 1.0, 1.0), ("constant", "constant", 0.25, 0.3, 0.5),
             ("low", "schedule", 0.25, 0.2, 0.6), ("high", "schedule", 0.25, 0.4, 0.8),
@@ -366,10 +367,12 @@ def test_a_predictor_is_held_against_a_constant_of_its_own_retention():
     lines += [(f"constant {kept:g}", "constant", kept, kept, score) for kept, score in ((0.2, 0.4), (0.4, 0.6))]
     lines += [(f"curves-0.3-seed{i}", "DyRate curves-0.3", np.nan, kept, 0.7) for i, kept in enumerate((0.25, 0.35))]
     rows = pd.DataFrame([
-        {"label": label, "method": method, "budget": budget, "task": task, "sample": i, "retention": kept, "score": score}
+        {"label": label, "method": method, "budget": budget, "task": task, "sample": i, "retention": kept, "score": score,
+         "prefill": 8 * kept + 0.4 * (label == "curves-0.3-seed1"), "decode": 2 * kept}
         for label, method, budget, kept, score in lines for task in ("qa_place", "qa_count") for i in range(4)
     ])  # fmt: skip
-    (found,) = confirm.controllers(rows).to_dict("records")
+    found, as_dear = confirm.controllers(rows).to_dict("records")
+    assert [as_dear[k] for k in ("equal", "computation", "constant")] == ["computation", pytest.approx(0.32), pytest.approx(0.52)]
     assert [found[k] for k in ("constant", "value", "retention")] == pytest.approx([0.5, 0.2, 0.3])
     assert found["low"] < 0.2 < found["high"] and (found["n"], found["seeds"]) == (8, 2)  # the trainings' own retentions differ
     with pytest.raises(ValueError, match="outside the constants"):

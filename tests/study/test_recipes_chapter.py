@@ -47,28 +47,61 @@ def test_gradients_that_were_not_measured_are_asked_for(tmp_path):
         recipes.gradients(SimpleNamespace(name="made-up", folder=tmp_path), "inert")
 
 
-@pytest.mark.parametrize(("low", "high", "loss", "score"), [
-    (0.1, 0.3, "lowers", "is higher"), (-0.3, -0.1, "raises", "is lower"),
-    (-0.1, 0.1, "does not significantly change", "is not significantly different"),
-])  # fmt: skip
-def test_the_finding_follows_the_intervals(monkeypatch, low, high, loss, score):
-    row = {"laboratory": "made-up", "recipe": "curves-0.25", "retention": 0.25, "value": 0.0, "low": low, "high": high}
-    row |= NUMBER | {"captured": 0.5, "captured_low": 0.4, "captured_high": 0.6, "constant": 0.7, "controller": 0.5, "score": 0.9}
-    paper = row | {"recipe": "evict-0.33", "value": -0.2, "low": -0.3, "high": -0.1}
-    monkeypatch.setattr(recipes, "losses", lambda _: pd.DataFrame([paper, row]))
-    monkeypatch.setattr(recipes, "answers", lambda _: pd.DataFrame([row]))
+def row_of(recipe: str, laboratory: str, low: float, high: float, **more) -> dict:
+    found = {"laboratory": laboratory, "recipe": recipe, "retention": 0.25, "computation": 0.5, "value": (low + high) / 2}
+    found |= {"low": low, "high": high, "captured": 0.5, "captured_low": 0.4, "captured_high": 0.6}
+    return found | NUMBER | {"constant": 0.7, "controller": 0.5, "score": 0.9} | more
+
+
+def test_the_finding_follows_the_intervals(monkeypatch):
+    rows = [
+        row_of(recipe, laboratory, *ends, equal=equal)
+        for recipe, laboratory, same, as_dear in (
+            ("evict-0.33", "first", (0.1, 0.3), (-0.3, -0.1)), ("curves-0.25", "first", (-0.1, 0.1), (0.1, 0.2)),
+            ("evict-0.25", "second", (-0.3, -0.1), (-0.3, -0.1)), ("curves-0.25", "second", (0.1, 0.2), (0.1, 0.2)),
+        )
+        for equal, ends in (("retention", same), ("computation", as_dear))
+    ]  # fmt: skip
+    monkeypatch.setattr(recipes, "answers", lambda _: pd.DataFrame(rows))
+    monkeypatch.setattr(recipes, "losses", lambda _: pd.DataFrame(rows)[::2])
     said = recipes.finding(())
-    assert f"`curves-0.25` {loss} the loss" in said and f"the score of `curves-0.25` {score}" in said
-    assert "the paper's recipe (`evict-0.33`) raises the loss" in said
-    assert "score of generated answers" in recipes.front_page(()) and "(20 answers, 3 trainings)" in recipes.front_page(())
-    monkeypatch.setattr(recipes, "answers", lambda _: pd.DataFrame())
-    assert "gain in teacher-forced loss" in recipes.front_page(())
-    monkeypatch.setattr(recipes, "answers", lambda _: pd.DataFrame([row]))
-    assert len(recipes.losses_shown(recipes.losses(()))) == 2 and len(recipes.answers_shown(recipes.answers(()))) == 1
+    assert "Trained as the paper says it scores higher on first (+0.200, +0.100 to +0.300), lower on second (-0.200" in said
+    assert "at equal computation lower on first (-0.200, -0.300 to -0.100), second (-0.200" in said
+    assert (
+        "Trained by `curves` it scores higher on second (+0.150, +0.100 to +0.200), not significantly different on first" in said
+    )
+    assert (
+        "trained by `curves` 50 % (40 to 60) on first, 50 % (40 to 60) on second" in said and "20 on first, 20 on second" in said
+    )
+    assert recipes.compared(()) in said
+    shown = recipes.answers_shown(recipes.answers(()))
+    assert len(shown) == 4 and shown["gain at equal computation"][0].startswith("-0.200")
+    assert len(recipes.losses_shown(recipes.losses(()))) == 4
+
+
+def test_each_variant_is_described(monkeypatch):
+    table = pd.DataFrame(
+        [row_of(recipe, "first", 0.1, 0.2) for recipe in ("evict-0.33", "curves_hidden-0.25", "best other recipe")]
+    )
+    monkeypatch.setattr(recipes, "trained", lambda _: table)
+    shown = recipes.variants_shown(recipes.variants(None))
+    assert list(shown["what it is"]) == ["the paper's", "reads the newest token's hidden state"]
+
+
+def test_recipes_stand_beside_what_they_could_have_learned(monkeypatch):
+    policies = [
+        row_of("", "first", 0, 0, ranking="FastV", residency="evict", policy=policy, captured=share)
+        for policy, share in (("schedule", 0.1), ("constant by task", 0.7))
+    ]
+    far = row_of("evict-0.75", "first", 0.1, 0.2, retention=0.75, captured=0.9)
+    monkeypatch.setattr(recipes, "gains", lambda _: pd.DataFrame(policies))
+    monkeypatch.setattr(recipes, "losses", lambda _: pd.DataFrame([far, row_of("evict-0.33", "first", 0.1, 0.2)]))
+    (row,) = recipes.beside_policies(()).to_dict("records")
+    assert [row[c].split(" (")[0] for c in row if c != "laboratory"] == ["10 %", "70 %", "50 %"]  # the nearest budget's
 
 
 def test_without_predictors_the_pages_say_so(monkeypatch):
     monkeypatch.setattr(recipes, "at_hand", lambda _: pd.DataFrame(columns=["laboratory", "recipe"]))
-    assert "nothing has been trained" in recipes.finding(()) and "have not been compared" in recipes.front_page(())
+    assert "have not been compared" in recipes.finding(()) and "have not been compared" in recipes.compared(())
     assert "no predictor" in recipes.losses_shown(recipes.losses(())).laboratory[0]
     assert "no answers" in recipes.answers_shown(recipes.answers(())).laboratory[0]

@@ -19,6 +19,7 @@ SHOWN = (0.0625, 0.125, 0.1875, 0.25, 0.33, 0.4, 0.5, 0.65, 0.8, 1.0)  # costs a
 SIGNED = "+.3f"  # the format of a gain
 MATTERS = 0.01  # of the score: a smaller difference counts as none, said before anything was measured
 BEST = "best for each answer"
+EVERYWHERE = r"(evict|curves)-[0-9.]+"  # recipes (the paper's, and the best other) that are trained for every laboratory
 GAINING = tuple(policy.name for policy in POLICIES if policy.name != "constant")
 SAID = {
     "schedule": "one schedule for all", "schedule by task": "one for each task",
@@ -98,7 +99,13 @@ def dyrate(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
 
 
 def at_hand(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
-    """Of `dyrate` what the figure of losses shows: FastV's ranking, evicted."""
+    """Of `dyrate` what is shown of every laboratory: FastV's ranking, evicted, and the recipes that are trained for all."""
+    table = trained(laboratories)
+    return table[table.recipe.str.fullmatch(EVERYWHERE) | (table.recipe == BEST_OTHER)]
+
+
+def trained(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
+    """Of `dyrate` the rows of FastV's ranking, evicted: those of every recipe."""
     table = dyrate(laboratories)
     return table[(table.ranking == "FastV") & (table.residency == "evict")]
 
@@ -139,15 +146,14 @@ def units_shown(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
 
 
 def dyrate_shown(table: pd.DataFrame) -> pd.DataFrame:
-    """`dyrate` for the page, FastV's ranking alone."""
+    """`at_hand` for the page."""
     if table.empty:
         return pd.DataFrame({"laboratory": ["no predictor is trained for these models yet"]})
-    rows = table[table.ranking == "FastV"]
     return pd.DataFrame({
-        "laboratory": rows.laboratory, "recipe": rows.recipe, "trainings": rows.seeds, "retention": rows.retention,
-        "constant": rows.constant, "DyRate": rows.controller, BEST: rows[BEST],
-        "gain on the constant": [in_words(row, SIGNED) for row in rows.to_dict("records")],
-        "captured headroom": [percent(r.captured, r.captured_low, r.captured_high) for r in rows.itertuples()],
+        "laboratory": table.laboratory, "recipe": table.recipe, "trainings": table.seeds, "retention": table.retention,
+        "constant": table.constant, "DyRate": table.controller, BEST: table[BEST],
+        "gain on the constant": [in_words(row, SIGNED) for row in table.to_dict("records")],
+        "captured headroom": [percent(r.captured, r.captured_low, r.captured_high) for r in table.itertuples()],
     })  # fmt: skip
 
 

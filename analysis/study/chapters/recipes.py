@@ -8,16 +8,26 @@ from __future__ import annotations
 from contextlib import suppress
 from functools import cache
 
+import numpy as np
 import pandas as pd
 
 from study.book import Chapter
-from study.chapters.headroom import SIGNED, at_hand, label, percent
-from study.headroom.confirm import MAX_NEW_TOKENS, by_recipe, controllers, generated, questions
+from study.chapters.headroom import BUDGET, SIGNED, at_hand, gains, label, percent, trained
+from study.headroom.confirm import EQUAL, MAX_NEW_TOKENS, by_recipe, controllers, generated, questions
 from study.headroom.report import BEST_OTHER, PAPER, Measured
 from study.intervals import bootstrap, in_words
 
 DISTANCE = 4  # steps of the grid on both sides over which a slope counts as measured
 MEASURED, BACKWARD = "measured", "backward"
+VARIANTS = {
+    "curves": "reads logarithms of attention shares, chooses one rate an answer",
+    "curves_shares": "reads attention shares, as the paper", "curves_tokens": "reads the attention of a segment's token",
+    "curves_entropy": "reads how even the attention over the image is", "curves_hidden": "reads the newest token's hidden state",
+    "curves_each_step": "chooses at every step", "curves_step": "reads the step alone, chooses at every step: a clock",
+    "anneal": "the paper's estimator; the budget falls from all tokens, the teacher is the unpruned model",
+    "rloo": "score function with a leave-one-out baseline over sampled trajectories",
+    "imitate": "imitates each answer's best trajectory, then as rloo",
+}  # fmt: skip
 
 
 @cache
@@ -25,6 +35,38 @@ def losses(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
     """What each recipe gains on the constant of its own mean retention, teacher-forced: rows of chapter 12."""
     table = at_hand(laboratories)
     return table[table.recipe != BEST_OTHER].reset_index(drop=True)
+
+
+def beside_policies(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
+    """Captured headroom of each recipe beside that of the two things it could have learned: one schedule, a constant by task."""
+    table, own = gains(laboratories), losses(laboratories)
+    table = table[(table.ranking == "FastV") & (table.residency == "evict")].set_index(["laboratory", "policy"])
+    rows = []
+    for name, of in own.groupby("laboratory", sort=False):
+        row = {"laboratory": name}
+        for policy, said in (("schedule", "one schedule for all"), ("constant by task", "one constant for each task")):
+            reached = table.loc[(name, policy)]
+            row[said] = percent(reached.captured, reached.captured_low, reached.captured_high)
+        for how, trainings in _by_training(of):
+            nearest = trainings.loc[(trainings.retention - BUDGET).abs().idxmin()]
+            row[how] = percent(nearest.captured, nearest.captured_low, nearest.captured_high)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def variants(lab: Measured) -> pd.DataFrame:
+    """Rows of chapter 12 for every recipe and choice of features that is trained in a laboratory, the paper's among them."""
+    table = trained((lab,))
+    known = table.recipe.map(lambda recipe: bool(PAPER.fullmatch(recipe)) or recipe.split("-")[0] in VARIANTS)
+    return table[known].sort_values("value", ascending=False, ignore_index=True)
+
+
+def variants_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """`variants` for the page: what each is, what it gains and captures."""
+    said = [VARIANTS.get(recipe.split("-")[0], "the paper's") for recipe in table.recipe]
+    shown = losses_shown(table)
+    shown.insert(2, "what it is", said)
+    return shown.drop(columns="laboratory")
 
 
 @cache
@@ -101,7 +143,10 @@ def answers_shown(table: pd.DataFrame) -> pd.DataFrame:
     """`answers` for the page."""
     if table.empty:
         return pd.DataFrame({"laboratory": ["no answers of trained predictors are generated yet"]})
-    return _gains_shown(table, table.score)
+    at = {equal: table[table.equal == equal].reset_index(drop=True) for equal in EQUAL}
+    shown = _gains_shown(at["retention"], at["retention"].score)
+    gains = [in_words(row, SIGNED) for row in at["computation"].to_dict("records")]
+    return shown.assign(computation=at["computation"].computation, **{"gain at equal computation": gains})
 
 
 def _gains_shown(table: pd.DataFrame, reached: pd.Series) -> pd.DataFrame:
@@ -114,45 +159,53 @@ def _gains_shown(table: pd.DataFrame, reached: pd.Series) -> pd.DataFrame:
 
 
 def finding(laboratories: tuple[Measured, ...]) -> str:
-    """What each recipe gains in losses and in answers, and why the paper's gains nothing."""
-    parts = [f"{_loss_said(row)} on {row['laboratory']}" for row in losses(laboratories).to_dict("records")]
-    text = "**Against one constant rate of the same measured mean retention, with FastV's ranking and eviction, "
-    text += f"{'; '.join(parts)}.**" if parts else "nothing has been trained yet.**"
-    for row in answers(laboratories).to_dict("records"):
-        better = "higher" if row["low"] > 0 else "lower" if row["high"] < 0 else "not significantly different"
-        text += (
-            f" In {row['n']} generated answers on {row['laboratory']} the score of {_name(row['recipe'])} is {better}: "
-            f"{row['score']:.3f} against {row['constant']:.3f} at a measured mean retention of {row['retention']:.3f}, "
-            f"{in_words(row, SIGNED)}."
-        )
-    return text
-
-
-def front_page(laboratories: tuple[Measured, ...]) -> str:
-    """What the front page says of DyRate: each recipe against a constant, in answers where there are some, else in losses."""
-    table = answers(laboratories)
-    what, unit = ("score of generated answers", "") if len(table) else ("gain in teacher-forced loss", " nats a token")
-    table = table if len(table) else losses(laboratories)
-    parts = [
-        f"{_name(row['recipe'])} {in_words(row, SIGNED)}{unit} on {row['laboratory']} at a measured mean retention of "
-        f"{row['retention']:.2f} ({row['n']} answers, {row['seeds']} trainings)"
-        for row in table.to_dict("records")
+    """What each recipe gains in generated answers, at equal retention and at equal computation, and in losses."""
+    text = f"**{compared(laboratories)}**"
+    table = losses(laboratories)
+    shares = [
+        f"{how} {', '.join(f'{percent(r.captured, r.captured_low, r.captured_high)} on {r.laboratory}' for r in of.itertuples())}"
+        for how, of in _by_training(table)
     ]
-    if not parts:
-        return "Ways to train the predictor have not been compared."
-    return f"DyRate minus one constant rate that keeps as much ({what}, FastV's ranking, evicted): {'; '.join(parts)}."
+    return f"{text} Of the headroom in teacher-forced loss that chapter 12 measures, {'; '.join(shares)}." if shares else text
 
 
-def _loss_said(row: dict) -> str:
-    side = "lowers" if row["low"] > 0 else "raises" if row["high"] < 0 else "does not significantly change"
+def compared(laboratories: tuple[Measured, ...]) -> str:
+    """DyRate against one constant rate that costs as much, by recipe and laboratory, in generated answers, in words."""
+    table = answers(laboratories)
+    if table.empty:
+        return "Trained predictors have not been compared on generated answers."
+    parts = []
+    for how, of in _by_training(table):
+        sides = {equal: _sides(of[of.equal == equal]) for equal in EQUAL}
+        parts.append(f"{how} it scores {sides['retention']}; at equal computation {sides['computation']}")
+    sizes = [f"{of.n.iloc[0]:,} on {name}" for name, of in table.groupby("laboratory", sort=False)]
     return (
-        f"{_name(row['recipe'])} {side} the loss (gain {in_words(row, SIGNED)} nats a token at a retention of "
-        f"{row['retention']:.2f}, n = {row['n']}, {row['seeds']} trainings; {100 * row['captured']:.0f} % of the headroom)"
+        "DyRate's predictor, beside one constant rate of the same measured mean retention (generated answers, FastV's ranking, "
+        f"evicted; 95 % intervals over answers and trainings; {', '.join(sizes)}): {'. '.join(_capital(part) for part in parts)}."
     )
 
 
-def _name(recipe: str) -> str:
-    return f"the paper's recipe (`{recipe}`)" if PAPER.fullmatch(recipe) else f"`{recipe}`"
+def _by_training(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each way to train, with its name in words."""
+    if table.empty:
+        return []
+    how = ["trained as the paper says" if PAPER.fullmatch(r) else f"trained by `{r.split('-')[0]}`" for r in table.recipe]
+    return [(name, of) for name, of in table.groupby(np.array(how), sort=False)]
+
+
+def _sides(table: pd.DataFrame) -> str:
+    """In which laboratories the gain is above zero, below it, or neither, with each number."""
+    side = np.select([table.low > 0, table.high < 0], ["higher", "lower"], "not significantly different")
+    parts = []
+    for name in ("higher", "not significantly different", "lower"):
+        rows = [f"{r.laboratory} ({r.value:+.3f}, {r.low:+.3f} to {r.high:+.3f})" for r in table[side == name].itertuples()]
+        if rows:
+            parts.append(f"{name} on {', '.join(rows)}")
+    return ", ".join(parts)
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def reasons(lab: Measured) -> str:
@@ -179,27 +232,27 @@ def reasons(lab: Measured) -> str:
 
 def record(chapter: Chapter, laboratories: tuple[Measured, ...], lab: Measured) -> None:
     """The chapter's headline numbers, sentences and tables. lab: whose gradients are shown."""
-    tables = {"losses": losses(laboratories), "answers": answers(laboratories), "inert": inert(lab), "slopes": slopes(lab)}
+    tables = {
+        "losses": losses(laboratories), "answers": answers(laboratories), "variants": variants(lab), "inert": inert(lab),
+        "slopes": slopes(lab),
+    }  # fmt: skip
     for name, rows in tables.items():
         if len(rows):
             chapter.table(f"13_recipes_{name}.csv", rows)
     for what in ("losses", "answers"):
         for row in tables[what].to_dict("records"):
-            key = f"{row['laboratory']} {row['recipe']} gain in {what}".replace("-", "_").replace(".", "").replace(" ", "_")
-            chapter.number(key, row)
+            where = " at equal computation" if row.get("equal") == "computation" else ""
+            key = f"{row['laboratory']} {row['recipe']} gain in {what}{where}"
+            chapter.number(key.replace("-", "_").replace(".", "").replace(" ", "_"), row)
     chapter.number("inert_steps", tables["inert"].set_index("task").loc["all"])
     chapter.text("recipes_finding", finding(laboratories))
     chapter.text("recipes_reasons", reasons(lab))
-    chapter.text("front_page", front_page(laboratories))
-    about = lab.about
+    chapter.text("front_page", compared(laboratories))
     for of, rows in answered(laboratories).items():
         n = rows.groupby("task")["sample"].nunique().max()
         chapter.protocol(questions(of, int(n)), max_new_tokens=MAX_NEW_TOKENS)
-    chapter.text(
-        "recipes_measured_on",
-        f"{lab.name} ({about['parameters'] / 1e6:.1f} M parameters), unseen scenes, float32, three trainings of each recipe",
-    )
+    models = ", ".join(dict.fromkeys(f"{of.name} ({of.about['parameters'] / 1e6:.1f} M parameters)" for of in laboratories))
+    how = "unseen scenes, float32, three trainings of each recipe where not said otherwise"
+    chapter.text("recipes_measured_on", f"{models}; {how}; gradients on {lab.name}")
     chapter.protocol(f"{gradients(lab, 'inert').answer.nunique()} reference answers, {lab.name}", metric="gradients of the loss")
     chapter.close()
-
-

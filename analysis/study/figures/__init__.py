@@ -37,4 +37,4 @@ from study.figures.predictor import (
     signs_of_failure,
     training_curves,
 )
-from study.figures.recipes import gradient_slopes, recipe_gains
+from study.figures.recipes import gradient_slopes, recipe_gains, variant_gains

@@ -8,27 +8,49 @@ from matplotlib.figure import Figure
 
 from study.figures.style import POLICY_COLOURS, axes_of
 
+MARKS = {"retention": ("o", -0.12, True), "computation": ("s", 0.12, False)}  # marker, shift, filled: by what is equal
+
 
 def recipe_gains(losses: pd.DataFrame, answers: pd.DataFrame) -> Figure:
     """Gain of each recipe on a constant rate: in the teacher-forced loss, and in the score of generated answers where there are.
 
-    losses, answers: rows of `study.chapters.recipes` (laboratory, recipe, value, low, high).
+    losses, answers: rows of `study.chapters.recipes` (laboratory, recipe, value, low, high; of answers also `equal`, what the
+    constant has in common with the predictor).
     """
     panels = [("lower loss than the constant's\n(nats a token)", losses), ("higher score than the constant's\n(share)", answers)]
     panels = [(what, table) for what, table in panels if len(table)]
     rows = list(dict.fromkeys(zip(losses.laboratory, losses.recipe, strict=True)))
-    figure, axes = axes_of(7.2, 1.3 + 0.34 * len(rows), max(1, len(panels)), sharey=True, squeeze=False)
+    figure, axes = axes_of(7.2, 1.5 + 0.36 * len(rows), max(1, len(panels)), sharey=True, squeeze=False)
     for axis, (what, table) in zip(axes.ravel(), panels, strict=True):
         axis.axvline(0, color="black", linewidth=0.9)
         for row in table.itertuples():
+            marker, shift, filled = MARKS[getattr(row, "equal", "retention")]
+            style = {"color": POLICY_COLOURS["DyRate"], "marker": marker, "markersize": 6, "elinewidth": 1.2}
             error = [[row.value - row.low], [row.high - row.value]]
-            at = row.value, rows.index((row.laboratory, row.recipe))
-            axis.errorbar(*at, xerr=error, color=POLICY_COLOURS["DyRate"], marker="o", markersize=6, elinewidth=1.2)
+            at = row.value, rows.index((row.laboratory, row.recipe)) + shift
+            axis.errorbar(*at, xerr=error, markerfacecolor=None if filled else "white", **style)
         axis.set(xlabel=what)
         axis.locator_params(axis="x", nbins=5)
     first = axes.ravel()[0]
-    first.set_yticks(range(len(rows)), [f"{recipe}\n({laboratory})" for laboratory, recipe in rows])
+    first.set_yticks(range(len(rows)), [f"{recipe}\n({laboratory})" for laboratory, recipe in rows], fontsize=8)
     first.set_ylim(len(rows) - 0.5, -0.5)
+    for equal, (marker, _, filled) in MARKS.items():
+        style = {"color": POLICY_COLOURS["DyRate"], "marker": marker, "markerfacecolor": None if filled else "white"}
+        first.plot([], [], linestyle="none", label=f"at equal {equal}", **style)
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def variant_gains(table: pd.DataFrame) -> Figure:
+    """Gain in teacher-forced loss of each variant of a recipe on one laboratory: rows of `study.chapters.recipes.variants`."""
+    figure, axis = axes_of(6.2, 1.0 + 0.32 * len(table))
+    axis.axvline(0, color="black", linewidth=0.9)
+    at = np.arange(len(table))
+    error = np.stack([table.value - table.low, table.high - table.value])
+    axis.errorbar(table.value, at, xerr=error, color=POLICY_COLOURS["DyRate"], marker="o", linestyle="none", elinewidth=1.2)
+    axis.set_yticks(at, table.recipe)
+    axis.invert_yaxis()
+    axis.set_xlabel("lower loss than the constant's of the same mean retention (nats a token)")
     return figure
 
 

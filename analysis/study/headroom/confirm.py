@@ -32,6 +32,7 @@ from study.scores import scored
 
 BUDGETS = (0.25, 0.33)
 CONSTANTS = (0.2, 0.25, 0.33, 0.4, 0.55)  # retention ratios between which a constant is read at a predictor's own
+EQUAL = ("retention", "computation")  # what a constant has in common with what it is compared with
 TRAINED = "DyRate "  # before the recipe, in the method of a trained predictor's rows
 OTHER_SCENES = 100_000  # those that chose the schedules come before
 MAX_NEW_TOKENS = 100
@@ -138,7 +139,8 @@ def confirmed(rows: pd.DataFrame) -> pd.DataFrame:
     table = []
     for budget, of_budget in rows[rows.method != "Full"].groupby("budget"):
         ends = {method: list(of.label.unique()) for method, of in of_budget.groupby("method", sort=False)}
-        measured = {m: [weights @ wide[column][labels].to_numpy() for column in wide] for m, labels in ends.items()}
+        columns = ("score", "retention")
+        measured = {m: [weights @ wide[column][labels].to_numpy() for column in columns] for m, labels in ends.items()}
         retention = measured["constant"][1][:, 0]
         reached = {method: _between(score, kept, retention) for method, (score, kept) in measured.items()}
         for method, scores in reached.items():
@@ -148,26 +150,33 @@ def confirmed(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def controllers(rows: pd.DataFrame) -> pd.DataFrame:
-    """Trained predictors against one constant rate for all tasks at their own measured mean retention, read between constants.
+    """Trained predictors against one constant rate for all tasks that costs as much, read between constants.
 
-    One row a recipe: retention, score, constant (its score), and the gain with its interval over answers and trainings; tasks
-    weighted equally, answers paired. Raises ValueError where a predictor keeps more or less than every constant.
+    Two rows a recipe, for `equal` in EQUAL: the constant has the predictor's own measured mean retention, or its computation (the
+    decoder's multiply-accumulates, prefill and decode, over those without pruning). score, constant (its score), and the gain
+    with its interval over answers and trainings; tasks weighted equally, answers paired. Raises ValueError where a predictor
+    costs more or less than every constant.
     """
     wide = _wide(rows)
     weights, n = resampled(wide["score"].index.get_level_values("task").to_numpy()), len(wide["score"])
     constants = list(rows[rows.method == "constant"].sort_values("budget").label.unique())
-    score, kept = (weights @ wide[column][constants].to_numpy() for column in ("score", "retention"))
+    means = {column: weights @ values[constants].to_numpy() for column, values in wide.items()}
     table = []
     for recipe, of in by_recipe(rows).items():
         labels = list(of.label.unique())
-        own, at = (weights @ wide[column][labels].to_numpy() for column in ("score", "retention"))
-        if (at.min(1) < kept.min(1)).any() or (at.max(1) > kept.max(1)).any():
-            raise ValueError(f"DyRate {recipe} keeps {at[0].min():.3f} to {at[0].max():.3f}, outside the constants {constants}")
-        constant = np.array([np.interp(*of) for of in zip(at, kept, score, strict=True)])
+        own = {column: weights @ values[labels].to_numpy() for column, values in wide.items()}
         drawn = over_trainings(len(labels), len(weights))
-        own, at, constant = (np.take_along_axis(values, drawn, 1).mean(1) for values in (own, at, constant))
-        row = {"recipe": recipe, "retention": at[0], "score": own[0], "constant": constant[0]}
-        table.append(row | number(own - constant, n) | {"seeds": len(labels)})
+        mean = {column: np.take_along_axis(values, drawn, 1).mean(1) for column, values in own.items()}
+        for equal in EQUAL:
+            at, cost = own[equal], means[equal]
+            if (at.min(1) < cost.min(1)).any() or (at.max(1) > cost.max(1)).any():
+                ends = f"{at[0].min():.3f} to {at[0].max():.3f}"
+                raise ValueError(f"DyRate {recipe}: {equal} {ends}, outside the constants {constants}")
+            constant = np.array([np.interp(*of) for of in zip(at, cost, means["score"], strict=True)])
+            constant = np.take_along_axis(constant, drawn, 1).mean(1)
+            row = {"recipe": recipe, "equal": equal, **{name: mean[name][0] for name in ("retention", "computation", "score")}}
+            row |= {"constant": constant[0], "seeds": len(labels)}
+            table.append(row | number(mean["score"] - constant, n))
     return pd.DataFrame(table)
 
 
@@ -178,13 +187,19 @@ def by_recipe(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _wide(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Score and retention by answer (rows: task, sample) and condition (columns: its label).
+    """Score, retention and computation by answer (rows: task, sample) and condition (columns: its label).
 
-    Scores are shares of right answers and slots; captions' CIDEr is taken as a share of the unpruned.
+    Scores are shares of right answers and slots; captions' CIDEr is taken as a share of the unpruned. Computation is a share of
+    the task's mean without pruning.
     """
-    unpruned = rows[(rows.method == "Full") & (rows.task == "caption")].score.mean()
-    rows = rows.assign(score=rows.score.where(rows.task != "caption", rows.score / unpruned))
-    return {column: rows.pivot(index=["task", "sample"], columns="label", values=column) for column in ("score", "retention")}
+    full = rows[rows.method == "Full"]
+    unpruned = full[full.task == "caption"].score.mean()
+    macs = rows.prefill + rows.decode
+    rows = rows.assign(
+        score=rows.score.where(rows.task != "caption", rows.score / unpruned),
+        computation=macs / rows.task.map(macs[full.index].groupby(full.task).mean()),
+    )
+    return {column: rows.pivot(index=["task", "sample"], columns="label", values=column) for column in ("score", *EQUAL)}
 
 
 def _between(
