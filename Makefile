@@ -1,7 +1,8 @@
 # make book      measure with the profile and build the book into book/_build/html
 # make test      run the tests
 # make bench     time strategies against the limit; make predictors: train DyRate's predictors for the pocket LLaVA
-# make recipes   train pocket-plain's predictors of another recipe, and measure chapter 13's rows
+# make recipes   train a laboratory's predictors of another recipe, and measure chapter 13's rows: LAB=pocket-plain, ANSWERS=384 a
+#                task to train on (smol: 96). make variants: its other recipes and features (GPU: minutes, two cores: hours)
 # make smol      fetch SmolLM2-135M and put the laboratory `smol` together in build/smol
 # make pocket    train the pocket LLaVA anew (GPU: minutes, two cores: hours; resumes where it stopped); so make twins (the
 #                control without dropping, and its twin) and make smol-training
@@ -10,10 +11,13 @@ PROFILE ?= pocket
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python
-PLAIN := data/pocket-plain
-ROWS := data/results/pocket-plain
+LAB ?= pocket-plain
+ANSWERS ?= 384
+ROWS := data/results/$(LAB)
+LEARN := --model $(LAB) --source laboratories --tasks caption description look_late backwards qa_reading qa_long_word \
+  qa_two_step qa_place --batch 16 --batch-size 128 --budget 0.25 --dtype float32
 
-.PHONY: book study html test check-results bench predictors recipes quality pocket twins smol smol-training clean
+.PHONY: book study html test check-results bench predictors recipes variants quality pocket twins smol smol-training clean
 .DELETE_ON_ERROR:
 
 book: study html
@@ -49,15 +53,26 @@ predictors: .venv/installed
 	$(RUN) analysis/train.py --budget 0.33 --residency mask --out data/pocket/dyrate/mask-0.33-seed0
 
 recipes: .venv/installed
-	for seed in 0 1 2; do $(RUN) analysis/train.py --model pocket-plain --source laboratories --n-train 96 \
-	  --tasks caption description look_late backwards qa_reading qa_long_word qa_two_step qa_place --batch 16 --batch-size 128 \
-	  --recipe curves --features log_shares --ordered --once --steps 800 --accumulate 16 --budget 0.25 --seed $$seed \
-	  --dtype float32 --out $(PLAIN)/dyrate/curves-0.25-seed$$seed || exit 1; done
-	$(RUN) -m study.headroom predictors --folder $(ROWS) --predictors $(PLAIN)/dyrate
-	$(RUN) -m study.headroom confirm --n 200 --budgets 0.25 --folder $(ROWS) --predictors $(PLAIN)/dyrate --out build/confirmed
-	$(RUN) -m study.headroom score --from build/confirmed --folder $(ROWS)
+	for seed in 0 1 2; do $(RUN) analysis/train.py $(LEARN) --n-train $(ANSWERS) --recipe curves --features log_shares --ordered \
+	  --once --steps 800 --accumulate 16 --seed $$seed --out data/$(LAB)/dyrate/curves-0.25-seed$$seed || exit 1; done
+	$(RUN) -m study.headroom predictors --folder $(ROWS) --predictors data/$(LAB)/dyrate
+	$(RUN) -m study.headroom confirm --n 200 --budgets 0.25 --folder $(ROWS) --predictors data/$(LAB)/dyrate --out build/confirmed/$(LAB)
+	$(RUN) -m study.headroom score --from build/confirmed/$(LAB) --folder $(ROWS)
 	$(RUN) -m study.headroom report --folder $(ROWS)
-	$(RUN) -m study.gradients --model pocket-plain --n 50 --out $(ROWS)
+	$(RUN) -m study.gradients --model $(LAB) --n 50 --out $(ROWS)
+
+variants: .venv/installed
+	for seed in 0 1 2; do \
+	  for features in shares tokens entropy hidden; do $(RUN) analysis/train.py $(LEARN) --n-train $(ANSWERS) --recipe curves \
+	    --features $$features --ordered --once --steps 800 --accumulate 16 --seed $$seed \
+	    --out build/variants/$(LAB)/curves_$$features-0.25-seed$$seed || exit 1; done; \
+	  for each in each_step:log_shares step:step; do $(RUN) analysis/train.py $(LEARN) --n-train $(ANSWERS) --recipe curves \
+	    --features $${each#*:} --ordered --steps 800 --accumulate 16 --seed $$seed \
+	    --out build/variants/$(LAB)/curves_$${each%:*}-0.25-seed$$seed || exit 1; done; \
+	  for recipe in anneal rloo imitate; do $(RUN) analysis/train.py $(LEARN) --n-train 96 --recipe $$recipe --features log_shares \
+	    --steps 200 --seed $$seed --out build/variants/$(LAB)/$$recipe-0.25-seed$$seed || exit 1; done; done
+	$(RUN) -m study.headroom predictors --folder $(ROWS) --predictors build/variants/$(LAB)
+	$(RUN) -m study.headroom report --folder $(ROWS)
 
 quality: .venv/installed
 	$(RUN) -m study.quality

@@ -38,7 +38,7 @@ def test_predictors_stand_beside_the_methods_by_their_recipe(lab):
     table = front.points(lab)
     assert list(table.name[-2:]) == ["DyRate, curves", "DyRate, the paper's recipe"]
     assert table.value.iloc[-1] == pytest.approx(0.85)
-    axis = figures.headline(table).axes[0]
+    axis = figures.headline({"made-up": table}).axes[0]
     said = [text.get_text() for text in [*axis.texts, *axis.get_legend().texts]]
     assert {"FastV", "unpruned", "DyRate, curves"} <= set(said)
-    assert "n = 2 and 6 answers" in front.said(table, "made-up")
+    assert "n = 2 and 6 answers" in front.said({"made-up": table})

@@ -342,7 +342,7 @@ def test_what_is_answered_has_constants_schedules_and_the_predictors_of_its_resi
     trained = measure.trained_here(measure.ROOT / "data" / "pocket-plain" / "dyrate", 2, lab.model)
     asked = confirm.conditions(report.Measured(tables), "evict", [0.4], trained)
     labels = [c.label for c in asked]
-    assert len(set(labels)) == len(labels) == 1 + 5 + 2 * 2 + len(trained) and {c.method for c in asked} >= {"DyRate evict-0.33"}
+    assert len(set(labels)) == len(labels) == 1 + 6 + 2 * 2 + len(trained) and {c.method for c in asked} >= {"DyRate evict-0.33"}
     assert not any(c.method.startswith("DyRate") for c in confirm.conditions(report.Measured(tables), "mask", [], trained))
 
 

@@ -65,15 +65,17 @@ def test_the_finding_follows_the_intervals(monkeypatch):
     monkeypatch.setattr(recipes, "answers", lambda _: pd.DataFrame(rows))
     monkeypatch.setattr(recipes, "losses", lambda _: pd.DataFrame(rows)[::2])
     said = recipes.finding(())
-    assert "Trained as the paper says it scores higher on first (+0.200, +0.100 to +0.300), lower on second (-0.200" in said
+    assert "trained as the paper says scores higher on first (+0.200, +0.100 to +0.300), lower on second (-0.200" in said
     assert "at equal computation lower on first (-0.200, -0.300 to -0.100), second (-0.200" in said
     assert (
-        "Trained by `curves` it scores higher on second (+0.150, +0.100 to +0.200), not significantly different on first" in said
+        "by `curves` scores higher on second (+0.150, +0.100 to +0.200), not significantly different on first" in said
     )
     assert (
         "trained by `curves` 50 % (40 to 60) on first, 50 % (40 to 60) on second" in said and "20 on first, 20 on second" in said
     )
     assert recipes.compared(()) in said
+    assert "says it beats one constant rate of the same measured mean retention in 1 of 2 settings and loses in 1" in said
+    assert "beats one of the same computation in 0 and loses in 2; trained by `curves`" in said
     shown = recipes.answers_shown(recipes.answers(()))
     assert len(shown) == 4 and shown["gain at equal computation"][0].startswith("-0.200")
     assert len(recipes.losses_shown(recipes.losses(()))) == 4

@@ -1,4 +1,4 @@
-"""The front page's figure: score against measured retention and against computation, on the laboratory without random dropping.
+"""The front page's figure: score against measured retention and against computation, on laboratories without random dropping.
 
 Drawn from committed rows: methods from the reference run, DyRate's predictors from the generated answers of `study.headroom`.
 """
@@ -54,12 +54,12 @@ def _by_answer(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.groupby(["task", "sample"])[["score", "retention", "macs"]].mean()
 
 
-def said(table: pd.DataFrame, name: str) -> str:
-    """The caption's second half: what was measured."""
-    counts = " and ".join(f"{n:,}" for n in sorted(set(table.n)))
+def said(tables: dict[str, pd.DataFrame]) -> str:
+    """The caption's second half: what was measured. tables: `points` of each laboratory."""
+    counts = " and ".join(f"{n:,}" for n in sorted({n for table in tables.values() for n in table.n}))
     return (
-        f"{name}, mean of {len(TASKS)} tasks (descriptions: right slots; questions on painted words and on two things at once: "
-        f"right answers), n = {counts} answers a point, greedy; bars and band: 95 % bootstrap intervals. Retention is measured: "
-        "the mean over the steps of an answer and the stages of pruning. Multiply-accumulates: the decoder's, prefill and decode "
-        "with a cache."
+        f"{' and '.join(tables)}, mean of {len(TASKS)} tasks (descriptions: right slots; questions on painted words and on two "
+        f"things at once: right answers), n = {counts} answers a point, greedy; bars and band: 95 % bootstrap intervals. "
+        "Retention is measured: the mean over the steps of an answer and the stages of pruning. Multiply-accumulates: the "
+        "decoder's, prefill and decode with a cache."
     )

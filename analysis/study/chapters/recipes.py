@@ -39,7 +39,7 @@ def losses(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
 
 def beside_policies(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
     """Captured headroom of each recipe beside that of the two things it could have learned: one schedule, a constant by task."""
-    table, own = gains(laboratories), losses(laboratories)
+    table, own = gains(laboratories), _nearest(losses(laboratories))
     table = table[(table.ranking == "FastV") & (table.residency == "evict")].set_index(["laboratory", "policy"])
     rows = []
     for name, of in own.groupby("laboratory", sort=False):
@@ -47,9 +47,9 @@ def beside_policies(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
         for policy, said in (("schedule", "one schedule for all"), ("constant by task", "one constant for each task")):
             reached = table.loc[(name, policy)]
             row[said] = percent(reached.captured, reached.captured_low, reached.captured_high)
-        for how, trainings in _by_training(of):
-            nearest = trainings.loc[(trainings.retention - BUDGET).abs().idxmin()]
-            row[how] = percent(nearest.captured, nearest.captured_low, nearest.captured_high)
+        for how, trained_so in _by_training(of):
+            (own,) = trained_so.itertuples()
+            row[how] = percent(own.captured, own.captured_low, own.captured_high)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -160,13 +160,36 @@ def _gains_shown(table: pd.DataFrame, reached: pd.Series) -> pd.DataFrame:
 
 def finding(laboratories: tuple[Measured, ...]) -> str:
     """What each recipe gains in generated answers, at equal retention and at equal computation, and in losses."""
-    text = f"**{compared(laboratories)}**"
-    table = losses(laboratories)
+    text = f"{counted(answers(laboratories))} {compared(laboratories)}".strip()
     shares = [
         f"{how} {', '.join(f'{percent(r.captured, r.captured_low, r.captured_high)} on {r.laboratory}' for r in of.itertuples())}"
-        for how, of in _by_training(table)
+        for how, of in _by_training(_nearest(losses(laboratories)))
     ]
     return f"{text} Of the headroom in teacher-forced loss that chapter 12 measures, {'; '.join(shares)}." if shares else text
+
+
+def counted(table: pd.DataFrame) -> str:
+    """On how many models each way to train beats a constant rate, in one sentence; table: `answers`."""
+    parts = []
+    for how, of in _by_training(table):
+        wins = {equal: int((of[of.equal == equal].low > 0).sum()) for equal in EQUAL}
+        lost = {equal: int((of[of.equal == equal].high < 0).sum()) for equal in EQUAL}
+        n = of.laboratory.nunique()
+        parts.append(
+            f"{how} it beats one constant rate of the same measured mean retention in {wins['retention']} of {n} settings and "
+            f"loses in {lost['retention']}, and beats one of the same computation in {wins['computation']} and loses in "
+            f"{lost['computation']}"
+        )
+    return f"**DyRate's predictor on generated answers, by model and first pruned layer: {'; '.join(parts)}.**" if parts else ""
+
+
+def _nearest(table: pd.DataFrame) -> pd.DataFrame:
+    """Of each laboratory and way to train the row whose mean retention is nearest to the headline's."""
+    if table.empty:
+        return table
+    paper = table.recipe.str.fullmatch(PAPER.pattern)
+    off = (table.retention - BUDGET).abs()
+    return table.loc[off.groupby([table.laboratory, paper], sort=False).idxmin()]
 
 
 def compared(laboratories: tuple[Measured, ...]) -> str:
@@ -177,20 +200,20 @@ def compared(laboratories: tuple[Measured, ...]) -> str:
     parts = []
     for how, of in _by_training(table):
         sides = {equal: _sides(of[of.equal == equal]) for equal in EQUAL}
-        parts.append(f"{how} it scores {sides['retention']}; at equal computation {sides['computation']}")
+        parts.append(f"{how} scores {sides['retention']}, and at equal computation {sides['computation']}")
     sizes = [f"{of.n.iloc[0]:,} on {name}" for name, of in table.groupby("laboratory", sort=False)]
     return (
-        "DyRate's predictor, beside one constant rate of the same measured mean retention (generated answers, FastV's ranking, "
-        f"evicted; 95 % intervals over answers and trainings; {', '.join(sizes)}): {'. '.join(_capital(part) for part in parts)}."
+        "Beside one constant rate of the same measured mean retention (score of generated answers, FastV's ranking, evicted; "
+        f"95 % intervals over answers and trainings; n = {', '.join(sizes)}), DyRate {'; '.join(parts)}."
     )
 
 
 def _by_training(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """The rows of each way to train, with its name in words."""
+    """The rows of each way to train, with its name in words; the paper's first."""
     if table.empty:
         return []
     how = ["trained as the paper says" if PAPER.fullmatch(r) else f"trained by `{r.split('-')[0]}`" for r in table.recipe]
-    return [(name, of) for name, of in table.groupby(np.array(how), sort=False)]
+    return list(table.groupby(np.array(how)))
 
 
 def _sides(table: pd.DataFrame) -> str:
@@ -202,10 +225,6 @@ def _sides(table: pd.DataFrame) -> str:
         if rows:
             parts.append(f"{name} on {', '.join(rows)}")
     return ", ".join(parts)
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def reasons(lab: Measured) -> str:
@@ -247,7 +266,7 @@ def record(chapter: Chapter, laboratories: tuple[Measured, ...], lab: Measured) 
     chapter.number("inert_steps", tables["inert"].set_index("task").loc["all"])
     chapter.text("recipes_finding", finding(laboratories))
     chapter.text("recipes_reasons", reasons(lab))
-    chapter.text("front_page", compared(laboratories))
+    chapter.text("front_page", counted(answers(laboratories)))
     for of, rows in answered(laboratories).items():
         n = rows.groupby("task")["sample"].nunique().max()
         chapter.protocol(questions(of, int(n)), max_new_tokens=MAX_NEW_TOKENS)

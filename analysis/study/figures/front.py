@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from dyrate.segments import SEGMENTS
-from study.figures.style import POLICY_COLOURS, SEGMENT_COLOURS, axes_of
+from study.figures.style import POLICY_COLOURS, SEGMENT_COLOURS
 
 STYLES = {
     "FastV": {"color": "#0072B2", "marker": "o"}, "SparseVLM": {"color": "#56B4E9", "marker": "s"},
@@ -22,25 +22,27 @@ SPOKEN = {"RandomPrune": "random pruning"}
 COSTS = {"retention": "measured mean retention ratio (%)", "macs_share": "decoder's multiply-accumulates (% of unpruned)"}
 
 
-def headline(table: pd.DataFrame) -> Figure:
+def headline(tables: dict[str, pd.DataFrame]) -> Figure:
     """Score against measured retention (left) and against computation (right), a line a method with its name at its end.
 
-    table: `study.chapters.front.points`.
+    tables: of each laboratory (a row of panels) its `study.chapters.front.points`.
     """
-    figure, axes = axes_of(9.2, 4.2, len(COSTS), sharey=True)
-    full = table[table.name == "unpruned"].iloc[0]
-    for axis, (cost, label) in zip(axes, COSTS.items(), strict=True):
-        axis.axhspan(full.low, full.high, color="black", alpha=0.08, linewidth=0)
-        axis.axhline(full.value, color="black", linewidth=0.9)
-        axis.annotate("unpruned", (0.99, full.value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
-        for name, line in table[table.name != "unpruned"].groupby("name", sort=False):
-            line = line.sort_values("retention")
-            error = np.stack([line.value - line.low, line.high - line.value])
-            style = {"linestyle": "-", "markersize": 5, "linewidth": 1.2, "elinewidth": 0.7, **STYLES.get(name, OTHER)}
-            axis.errorbar(100 * line[cost], line.value, error, label=SPOKEN.get(name, name), **style)
-        axis.set_xlabel(label)
-    axes[0].set_ylabel("score (share right)")
-    named(axes[0], table, "retention")
+    figure = Figure(figsize=(9.2, 3.9 * len(tables) + 0.3))
+    grid = figure.subplots(len(tables), len(COSTS), sharey="row", squeeze=False)
+    for axes, (laboratory, table) in zip(grid, tables.items(), strict=True):
+        full = table[table.name == "unpruned"].iloc[0]
+        for axis, (cost, label) in zip(axes, COSTS.items(), strict=True):
+            axis.axhspan(full.low, full.high, color="black", alpha=0.08, linewidth=0)
+            axis.axhline(full.value, color="black", linewidth=0.9)
+            axis.annotate("unpruned", (0.99, full.value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+            for name, line in table[table.name != "unpruned"].groupby("name", sort=False):
+                line = line.sort_values("retention")
+                error = np.stack([line.value - line.low, line.high - line.value])
+                style = {"linestyle": "-", "markersize": 5, "linewidth": 1.2, "elinewidth": 0.7, **STYLES.get(name, OTHER)}
+                axis.errorbar(100 * line[cost], line.value, error, label=SPOKEN.get(name, name), **style)
+            axis.set(xlabel=label, title=laboratory)
+        axes[0].set_ylabel("score (share right)")
+        named(axes[0], table, "retention")
     return figure
 
 

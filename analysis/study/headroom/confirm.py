@@ -31,7 +31,7 @@ from study.headroom.report import Measured, library, recipe_of
 from study.scores import scored
 
 BUDGETS = (0.25, 0.33)
-CONSTANTS = (0.2, 0.25, 0.33, 0.4, 0.55)  # retention ratios between which a constant is read at a predictor's own
+CONSTANTS = (0.2, 0.25, 0.33, 0.4, 0.55, 0.7)  # retention ratios between which a constant is read at a predictor's own
 EQUAL = ("retention", "computation")  # what a constant has in common with what it is compared with
 TRAINED = "DyRate "  # before the recipe, in the method of a trained predictor's rows
 OTHER_SCENES = 100_000  # those that chose the schedules come before
