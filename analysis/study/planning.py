@@ -67,7 +67,8 @@ def work(chapter: str, values: dict, predictors: Sequence[str]) -> Work:
         )  # fmt: skip
     if chapter.startswith("03"):
         compared = 1 + len(methods(v["strategies"], scenes=v["source"] in SCENES)) * len(v["retentions"])
-        return Work(answers=per_set * (compared + len(fnmatch.filter(predictors, v["pattern"]))), **common)
+        trained = sum(len(fnmatch.filter(predictors, pattern)) for pattern in v["patterns"])
+        return Work(answers=per_set * (compared + trained), **common)
     if chapter.startswith("04"):
         lines = {_answers(line): line for line in v["ablations"]}.values()
         beams = [line.get("generate", {}).get("num_beams", 1) for line in lines]

@@ -103,7 +103,7 @@ def wanted_predictors(notebook: Path, values: dict) -> list[Path]:
     paths = [line["predictor"] for line in v.get("ablations", []) if "predictor" in line]
     paths += [v["predictor"]] if "predictor" in v else []
     patterns = [f"{start}*" for start in (v["prefix"], *v["others"].values())] if "prefix" in v else []
-    patterns += [v["pattern"]] if v.get("pattern") and v["predictors"] else []
+    patterns += v["patterns"] if v.get("patterns") and v["predictors"] else []
     return [Path(path) for path in paths] + [Path(v["predictors"]) / pattern for pattern in patterns]
 
 

@@ -35,9 +35,12 @@ def test_the_lineup_has_every_strategy_at_every_retention():
 def test_a_trained_predictor_joins_with_its_own_budget_and_seed(tmp_path):
     measured = measure(
         model="pocket", source="pocket", tasks=["qa_colour"], n=2, retentions=[0.5], strategies=["FastV"],
-        predictors="data/pocket/dyrate", pattern="evict-0.33-seed[13]", max_new_tokens=4, batch_size=2, seed=0, store=tmp_path,
+        predictors="data/pocket/dyrate", patterns=["evict-0.33-seed[13]", "curves-0.25-seed0"], max_new_tokens=4, batch_size=2,
+        seed=0, store=tmp_path,
     )  # fmt: skip
-    assert list(measured.by_task.label) == ["Full", "FastV 0.5", "DyRate evict-0.33-seed1", "DyRate evict-0.33-seed3"]
+    trained = ["DyRate evict-0.33-seed1", "DyRate evict-0.33-seed3", "DyRate curves-0.25-seed0"]
+    assert list(measured.by_task.label) == ["Full", "FastV 0.5", *trained]
+    assert list(measured.by_task.method)[-1] == "DyRate, curves"  # trained otherwise: another method
     learned = measured.by_task[measured.by_task.method == "DyRate"]
     assert learned.budget.tolist() == [0.33, 0.33] and learned.seed.tolist() == [1, 3]
     assert measured.units == {"questions": "right answers (share)"} and set(measured.by_group.task) == {"questions"}
@@ -45,7 +48,7 @@ def test_a_trained_predictor_joins_with_its_own_budget_and_seed(tmp_path):
 
 def test_a_budget_in_tokens_is_measured_as_its_share(tmp_path):
     settings = dict(
-        model="pocket", source="pocket", tasks=["qa_colour"], n=1, strategies=["FastV"], predictors="", pattern="",
+        model="pocket", source="pocket", tasks=["qa_colour"], n=1, strategies=["FastV"], predictors="", patterns=[],
         max_new_tokens=2, batch_size=1, seed=0, store=tmp_path,
     )  # fmt: skip
     measured = measure(retentions=[72, 0.25], **settings)  # of 144

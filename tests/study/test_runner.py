@@ -28,7 +28,7 @@ CHAPTERS = {  # parameters, and what is done before the numbers are written
         "folder.mkdir(parents=True, exist_ok=True)\n(folder / 'model.safetensors').write_text('weights')",
     ),
     "03_reads": (
-        'predictors = "build/predictors"\npattern = "evict-*"\nstore = "build/answers"',
+        'predictors = "build/predictors"\npatterns = ["evict-*"]\nstore = "build/answers"',
         "weights = (Path(predictors) / 'evict-0.33' / 'model.safetensors').read_text()\n"
         "stored = Path(store) / 'answer'\nstored.parent.mkdir(parents=True, exist_ok=True)\n"
         "if not stored.exists():\n    stored.write_text('7')\nvalue = int(stored.read_text())",

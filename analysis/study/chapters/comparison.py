@@ -90,7 +90,8 @@ class Comparison:
 
 def measure(
     *, model: str, source: str, tasks: Sequence[str], n: int, retentions: Sequence[float], strategies: Sequence[str],
-    predictors: str, pattern: str, max_new_tokens: int, batch_size: int, seed: int, store: str, device_map: str = "", **_,
+    predictors: str, patterns: Sequence[str], max_new_tokens: int, batch_size: int, seed: int, store: str,
+    device_map: str = "", **_,
 ) -> Comparison:  # fmt: skip
     """Answers under every strategy at every retention ratio, and under the trained predictors. Parameters: the notebook's."""
     examples = study_examples(source, n, tasks=tasks, seed=seed)
@@ -101,7 +102,7 @@ def measure(
         retentions = [retention_of(x, tokens) for x in retentions]
     conditions = lineup(retentions, about["layers"], strategies, scenes=has_scenes(examples))
     if predictors:
-        conditions += [condition_of(folder) for folder in sorted((ROOT / predictors).glob(pattern))]
+        conditions += [condition_of(folder) for p in patterns for folder in sorted((ROOT / predictors).glob(p))]
     answers = answer_all(
         loaded, processor, conditions, examples, ROOT / store, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed
     )

@@ -50,10 +50,11 @@ class Answer:
 
 
 def conditions(n_layers: int, predictors: Path) -> list[Condition]:
-    """Unpruned, each of METHODS at each of RETENTIONS, and DyRate where `predictors` holds one of seed 0, at its own budget."""
+    """Unpruned, each of METHODS at each of RETENTIONS, and DyRate's predictors of seed 0 at their own budgets, if any."""
     full = Condition("Full", STRATEGIES["Full"](), "Full")
     fixed = [Condition(f"{m} {x:g}", STRATEGIES[m].at(x, n_layers), m, x) for m in METHODS for x in RETENTIONS]
-    return [full, *fixed, *(condition_of(folder) for folder in sorted(predictors.glob("evict-*-seed0")))]
+    trained = [folder for recipe in ("evict", "curves") for folder in sorted(predictors.glob(f"{recipe}-*-seed0"))]
+    return [full, *fixed, *map(condition_of, trained)]
 
 
 def explored(

@@ -14,11 +14,11 @@ from study.figures.style import axes_of
 FAMILIES = {  # of methods, by where and by what they choose; one panel each, with random pruning for comparison
     "inside the decoder": ("FastV", "FastVRerank", "PyramidDrop", "SparseVLM", "DART"),
     "before the decoder": ("VisionZip", "PruMerge", "PruMergePlus", "DivPrune", "VisPruner", "CDPruner"),
-    "by depth or by step": ("VTW", "FixedPrune", "DepthPrune", "DyCoke", "DSTP", "DyRate"),
+    "by depth or by step": ("VTW", "FixedPrune", "DepthPrune", "DyCoke", "DSTP", "DyRate", "DyRate, curves"),
     "controls": ("LinearAnneal", "Oracle", "UniformPool", "NoRoPE", "DiversityAlone", "WorstFirst"),
 }  # fmt: skip
-HUES = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
-MARKS = "osD^vP"
+HUES = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
+MARKS = "osD^vPX"
 RANDOM = "RandomPrune"
 
 
