@@ -147,3 +147,13 @@ def test_every_compared_method_has_one_panel():
     assert len(set(drawn)) == len(drawn) and set(drawn) == {*methods(), "DyRate", "ANewOne"} - {"RandomPrune"}
     assert "ANewOne" in found["controls"] and max(map(len, found.values())) <= 7
     assert families(["Full", "RandomPrune"]) == {"controls": []}
+
+
+def test_table_2_has_this_runs_captions_beside_it():
+    lines = [("Full", "Full", 1.0, 10, 0.0), ("FastV", "FastV 0.5", 0.5, 6, -0.1), ("VTW", "VTW 0.25", 0.25, 4, -0.2)]
+    measured = Comparison({}, dyrate.Examples([], "none"), conditions(*lines, task="caption"))
+    table = measured.beside_reported_captions()
+    assert list(table.method) == ["Original", "FastV", "FastV", "VTW", "DyRate"]
+    assert table["reported: nocaps (%)"].tolist() == [100.0, 99.8, 100.0, 59.5, 100.1]
+    here = table["here: CIDEr (%)"]
+    assert here[2].startswith("33.3 (") and table["here: computation"][2] == pytest.approx(0.6) and not any(here.drop(2))

@@ -29,6 +29,7 @@ RANKED_OTHERWISE = {  # than FastV does: methods, and their names in a sentence
     "rerank": ("FastVRerank", "ranking anew at every token, where dropped tokens are re-selectable"),
 }  # fmt: skip
 EQUAL = {"retention": "measured retention", "macs": "multiply-accumulates"}  # kinds of cost, and their names
+TABLE_2 = (None, None, ("FastV", 0.5), ("VTW", 0.5), ("DyRate", 0.33))  # method and budget here that are like each of its rows
 INTERVAL = ["value", "low", "high", "n"]
 
 
@@ -68,6 +69,29 @@ class Comparison:
         """The caption field's measures of each strategy at one retention ratio, and of the unpruned model."""
         at = (self.rows.budget == retention) | (self.rows.method == "Full")
         return caption_measures(self.rows[at & (self.rows.task == "caption")], self.examples)
+
+    def beside_reported_captions(self) -> pd.DataFrame:
+        """The paper's Table II for the smaller model with this run's caption scores beside it; blank where none is alike.
+
+        All CIDEr as a share of the same table's unpruned, in percent, since data and models differ.
+        """
+        reported = pd.read_csv(ROOT / "data" / "reported" / "table2_caption_cider.csv", dtype=str)
+        reported = reported[reported.model == reported.model.iloc[0]].reset_index(drop=True)
+        data = [column for column in reported if column.endswith("_cider")]
+        scores = reported[data].astype(float)
+        shares = (100 * scores / scores[reported.method == "Original"].iloc[0]).round(1)
+        shares.columns = [f"reported: {column.removesuffix('_cider')} (%)" for column in data]
+        captions = self.by_task[self.by_task.task == "caption"]
+        unpruned, rows = captions[captions.method == "Full"].value, []
+        for alike in TABLE_2:
+            found = captions[(captions.method == alike[0]) & (captions.budget == alike[1])] if alike else captions[:0]
+            here = {"here: CIDEr (%)": "", "here: retention": float("nan"), "here: computation": float("nan")}
+            if len(found):
+                row = found.iloc[0]
+                share = {end: 100 * row[end] / unpruned.item() for end in ("value", "low", "high")}
+                here = dict(zip(here, (in_words(share, ".1f"), row.retention, row.macs_share), strict=True))
+            rows.append(here)
+        return pd.concat([reported[["method", "K", "R"]], shares, pd.DataFrame(rows)], axis=1)
 
     @property
     def n_captions(self) -> int:

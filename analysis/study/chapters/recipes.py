@@ -1,4 +1,4 @@
-"""Chapter 13, why the paper's recipe gains nothing, and which one does. Drawn from committed rows; nothing is measured here.
+"""Chapter 13, what each way to train a predictor gains, and why. Drawn from committed rows; nothing is measured here.
 
 The rows are those of `study.headroom` (losses and answers of trained predictors) and of `study.gradients`.
 """
@@ -228,7 +228,7 @@ def _sides(table: pd.DataFrame) -> str:
 
 
 def reasons(lab: Measured) -> str:
-    """Why the paper's recipe gains nothing, in numbers."""
+    """What the paper's gradient misses, in numbers."""
     share = inert(lab).set_index("task").loc["all"]
     rows = gradients(lab, "inert")
     still = rows[rows.inert].lower.max()
