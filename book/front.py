@@ -34,4 +34,6 @@ def write(book: Path) -> None:
         figure.savefig(book / "_assets" / f"{name}.png")
         text = f"```{{figure}} _assets/{name}.png\n:name: fig-{name}\n:alt: {ALT[name]}\n:width: 100%\n\n{captions[name]}\n```\n"
         (book / f"_{name}.md").write_text(text)
-    narrow(drawn["headline"]).savefig(book / "_assets" / phones.FOLDER / "fig-headline.png")
+    narrower = {"headline": narrow(drawn["headline"]), "method": figures.method(figures.TALL)}
+    for name, figure in narrower.items():
+        figure.savefig(book / "_assets" / phones.FOLDER / f"fig-{name}.png")

@@ -42,3 +42,13 @@ def test_predictors_stand_beside_the_methods_by_their_recipe(lab):
     said = [text.get_text() for text in [*axis.texts, *axis.get_legend().texts]]
     assert {"FastV", "unpruned", "DyRate, curves"} <= set(said)
     assert "n = 2 and 6 answers" in front.said({"made-up": table})
+
+
+@pytest.mark.parametrize("layout", [figures.WIDE, figures.TALL], ids=["wide", "tall"])
+def test_the_methods_picture_fits_its_frame(layout):
+    figure = figures.method(layout)
+    figure.draw_without_rendering()
+    frame, inside = figure.bbox, [text.get_window_extent() for text in figure.axes[0].texts]
+    assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1 for box in inside)
+    steps = [text.get_text() for text in figure.axes[0].texts if text.get_text().startswith("drop")]
+    assert steps == ["drop 25 %", "drop 50 %", "drop 75 %"]

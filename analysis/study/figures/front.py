@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -62,36 +64,72 @@ def named(axis, table: pd.DataFrame, cost: str) -> None:
         axis.legend(*zip(*points, strict=True), loc="lower right", fontsize=8)
 
 
-def method() -> Figure:
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of the method's picture stand, in units of a tenth of an inch; (x, y) of a step's part from its lower left.
+
+    titles: (x, y) of each; key: (x, y) of the segments' names, a line apart where they do not fit beside each other.
+    """
+
+    size: tuple[float, float]
+    first: float
+    apart: float
+    word: tuple[float, float]
+    bar: tuple[float, float, float]
+    predictor: tuple[float, float]
+    rate: tuple[float, float]
+    tokens: tuple[float, float]
+    arrows: tuple[tuple[float, float, float], ...]
+    titles: dict[tuple[float, float], str]
+    key: tuple[float, float]
+    evicted: tuple[float, float]
+
+
+WIDE = Layout(
+    (92, 31), 21.5, 8.5, (0.5, 2), (8, 0, 18), (33, 0), (55, 2), (67, 0), ((27, 32, 2), (44, 49.5, 2), (60.5, 65.5, 2)),
+    {
+        (14, 29): "attention of the newest token", (38, 29): "one linear layer", (55, 29): "a rate",
+        (76, 29): "what stays in the cache",
+    }, (8, 0.2), (67, 0.2),
+)  # fmt: skip
+TALL = Layout(
+    (46, 56), 41, 16.5, (0.5, 8.5), (11, 6.5, 34), (0.5, 0), (18.5, 2), (27, 0), ((11.5, 14, 2), (23, 26, 2)),
+    {(23, 53.5): "attention, linear layer, rate, cache"}, (0.5, 2.4), (0.5, 0),
+)  # fmt: skip
+
+
+def method(at: Layout = WIDE) -> Figure:
     """How DyRate works, drawn: attention shares, a linear predictor, a rate, and eviction, over the steps of an answer."""
-    figure = Figure(figsize=(9.2, 3.1))
+    figure = Figure(figsize=(at.size[0] / 10, at.size[1] / 10))
     axis = figure.add_axes((0, 0, 1, 1))
-    axis.set(xlim=(0, 92), ylim=(0, 31))
+    axis.set(xlim=(0, at.size[0]), ylim=(0, at.size[1]))
     axis.set_axis_off()
     left = list(np.random.default_rng(3).permutation(36))  # the order in which the drawn ranking keeps its image tokens
-    titles = {14: "attention of the newest token", 38: "one linear layer", 55: "a rate", 76: "what stays in the cache"}
-    for x, title in titles.items():
-        axis.text(x, 29, title, ha="center", fontsize=10, weight="bold")
+    for where, title in at.titles.items():
+        axis.text(*where, title, ha="center", fontsize=10, weight="bold")
     shares = np.array([[0.10, 0.55, 0.30, 0.05], [0.10, 0.40, 0.25, 0.25], [0.08, 0.24, 0.20, 0.48]])
     rates, words = (0.25, 0.5, 0.75), ("three", "red", "mugs")
     for step, (share, rate, word) in enumerate(zip(shares, rates, words, strict=True)):
-        y = 21.5 - 8.5 * step
-        axis.text(0.5, y + 2, f"step {step + 1}\n“{word}”", va="center", fontsize=9)
-        start = 8.0
+        y = at.first - at.apart * step
+        axis.text(at.word[0], y + at.word[1], f"step {step + 1}\n“{word}”", va="center", fontsize=9)
+        start, above, width = at.bar
         for segment, part in zip(SEGMENTS, share, strict=True):
-            axis.add_patch(Rectangle((start, y), 18 * part, 4, color=SEGMENT_COLOURS[segment], linewidth=0))
-            start += 18 * part
-        axis.add_patch(FancyBboxPatch((33, y), 10, 4, boxstyle="round,pad=0.2", facecolor="white", edgecolor="#555555"))
-        axis.text(38, y + 2, "predictor", ha="center", va="center", fontsize=9)
-        axis.text(55, y + 2, f"drop {100 * rate:.0f} %", ha="center", va="center", fontsize=10)
-        for a, b in ((27, 32), (44, 49.5), (60.5, 65.5)):
-            axis.add_patch(FancyArrowPatch((a, y + 2), (b, y + 2), arrowstyle="-|>", mutation_scale=12, color="#555555"))
+            axis.add_patch(Rectangle((start, y + above), width * part, 4, color=SEGMENT_COLOURS[segment], linewidth=0))
+            start += width * part
+        box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "#555555"}
+        axis.add_patch(FancyBboxPatch((at.predictor[0], y + at.predictor[1]), 10, 4, **box))
+        axis.text(at.predictor[0] + 5, y + at.predictor[1] + 2, "predictor", ha="center", va="center", fontsize=9)
+        axis.text(at.rate[0], y + at.rate[1], f"drop {100 * rate:.0f} %", ha="center", va="center", fontsize=10)
+        for begin, end, height in at.arrows:
+            ends = (begin, y + height), (end, y + height)
+            axis.add_patch(FancyArrowPatch(*ends, arrowstyle="-|>", mutation_scale=12, color="#555555"))
         kept = set(left[: round(len(left) * (1 - rate))])
         for i in range(len(left)):
             colour = SEGMENT_COLOURS["image"] if i in kept else "#EEEEEE"
-            axis.add_patch(Rectangle((67 + 1.5 * (i % 12), y + 2.8 - 1.4 * (i // 12)), 1.25, 1.15, color=colour, linewidth=0))
+            corner = at.tokens[0] + 1.5 * (i % 12), y + at.tokens[1] + 2.8 - 1.4 * (i // 12)
+            axis.add_patch(Rectangle(corner, 1.25, 1.15, color=colour, linewidth=0))
     for i, segment in enumerate(SEGMENTS):
-        axis.add_patch(Rectangle((8 + 12 * i, 0.2), 1.2, 1.2, color=SEGMENT_COLOURS[segment], linewidth=0))
-        axis.text(9.8 + 12 * i, 0.75, segment, va="center", fontsize=8)
-    axis.text(67, 0.75, "image tokens: kept, and evicted for good", va="center", fontsize=8)
+        axis.add_patch(Rectangle((at.key[0] + 12 * i, at.key[1]), 1.2, 1.2, color=SEGMENT_COLOURS[segment], linewidth=0))
+        axis.text(at.key[0] + 1.8 + 12 * i, at.key[1] + 0.55, segment, va="center", fontsize=8)
+    axis.text(at.evicted[0], at.evicted[1] + 0.55, "image tokens: kept, and evicted for good", va="center", fontsize=8)
     return figure
