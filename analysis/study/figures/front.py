@@ -90,11 +90,11 @@ WIDE = Layout(
     {
         (14, 29): "attention of the newest token", (38, 29): "one linear layer", (55, 29): "a rate",
         (76, 29): "what stays in the cache",
-    }, (8, 0.2), (67, 0.2),
+    }, (8, 0.4), (67, 0.4),
 )  # fmt: skip
 TALL = Layout(
     (46, 56), 41, 16.5, (0.5, 8.5), (11, 6.5, 34), (0.5, 0), (18.5, 2), (27, 0), ((11.5, 14, 2), (23, 26, 2)),
-    {(23, 53.5): "attention, linear layer, rate, cache"}, (0.5, 2.4), (0.5, 0),
+    {(23, 53.5): "attention, linear layer, rate, cache"}, (0.5, 2.6), (0.5, 0.2),
 )  # fmt: skip
 
 
