@@ -375,8 +375,10 @@ def test_a_predictor_is_held_against_a_constant_of_its_own_retention():
     assert [as_dear[k] for k in ("equal", "computation", "constant")] == ["computation", pytest.approx(0.32), pytest.approx(0.52)]
     assert [found[k] for k in ("constant", "value", "retention")] == pytest.approx([0.5, 0.2, 0.3])
     assert found["low"] < 0.2 < found["high"] and (found["n"], found["seeds"]) == (8, 2)  # the trainings' own retentions differ
-    with pytest.raises(ValueError, match="outside the constants"):
-        confirm.controllers(rows.assign(retention=rows.retention.where(rows.method != "DyRate curves-0.3", 0.5)))
+    dearer = confirm.controllers(rows.assign(retention=rows.retention.where(rows.method != "DyRate curves-0.3", 0.7)))
+    assert dearer.constant[0] == pytest.approx(0.8)  # half way to no pruning
+    with pytest.raises(ValueError, match="below the constants"):
+        confirm.controllers(rows.assign(retention=rows.retention.where(rows.method != "DyRate curves-0.3", 0.1)))
 
 
 def test_the_chapter_says_what_is_there(tables):
