@@ -234,7 +234,8 @@ def test_choosing_changes_what_is_shown(browser):
     for change, stored, label in [
         ("[value=\"VisionZip 0.1\"]", first, "VisionZip 0.1"),
         ("[value$=\"-2000000003\"]", trace("pocket-plain", 3), "VisionZip 0.1"),
-        ("[value^=DyRate]", trace("pocket-plain", 3), "DyRate evict-0.33-seed0"),
+        ("[value^='DyRate curves']", trace("pocket-plain", 3), "DyRate curves-0.25-seed0"),
+        ("[value^='DyRate evict']", trace("pocket-plain", 3), "DyRate evict-0.33-seed0"),
     ]:  # fmt: skip
         browser.touch(f"label:has({change})")
         browser.wait(f"{text('pruned')}.trim() === {json.dumps(expected(stored, label, 0)[1])}")
@@ -244,7 +245,7 @@ def test_choosing_changes_what_is_shown(browser):
         assert browser.value("document.querySelectorAll('[data-part=pruned] .right').length") >= right
     browser.value("(s => { s.value = 'smol'; s.dispatchEvent(new Event('change', {bubbles: true})) })"
                   "(document.querySelector('select'))")  # fmt: skip
-    answer = expected(trace("smol", 3), "FastV 0.75", 0)  # it has no predictor: the first that there is
+    answer = expected(trace("smol", 3), "DyRate evict-0.33-seed0", 0)  # its own, trained as the other's
     browser.wait(f"{text('pruned')}.trim() === {json.dumps(answer[1])}")
     assert shown(browser) == list(answer)
 

@@ -85,20 +85,19 @@ def test_each_variant_is_described(monkeypatch):
     table = pd.DataFrame(
         [row_of(recipe, "first", 0.1, 0.2) for recipe in ("evict-0.33", "curves_hidden-0.25", "best other recipe")]
     )
-    monkeypatch.setattr(recipes, "trained", lambda _: table)
+    monkeypatch.setattr(recipes, "dyrate", lambda _: table)
     shown = recipes.variants_shown(recipes.variants(None))
     assert list(shown["what it is"]) == ["the paper's", "reads the newest token's hidden state"]
 
 
 def test_recipes_stand_beside_what_they_could_have_learned(monkeypatch):
-    policies = [
-        row_of("", "first", 0, 0, ranking="FastV", residency="evict", policy=policy, captured=share)
-        for policy, share in (("schedule", 0.1), ("constant by task", 0.7))
-    ]
+    share = {"schedule": 0.1, "constant by task": 0.7}
+    reached = {f"{policy}: captured": {"value": v, "low": v, "high": v} for policy, v in share.items()}
     far = row_of("evict-0.75", "first", 0.1, 0.2, retention=0.75, captured=0.9)
-    monkeypatch.setattr(recipes, "gains", lambda _: pd.DataFrame(policies))
+    monkeypatch.setattr(recipes, "library", lambda *_: None)
+    monkeypatch.setattr(recipes, "at_budget", lambda *_: reached)
     monkeypatch.setattr(recipes, "losses", lambda _: pd.DataFrame([far, row_of("evict-0.33", "first", 0.1, 0.2)]))
-    (row,) = recipes.beside_policies(()).to_dict("records")
+    (row,) = recipes.beside_policies((SimpleNamespace(name="first", layer=2),)).to_dict("records")
     assert [row[c].split(" (")[0] for c in row if c != "laboratory"] == ["10 %", "70 %", "50 %"]  # the nearest budget's
 
 

@@ -263,7 +263,7 @@ def against_random_shown(table: pd.DataFrame) -> pd.DataFrame:
 
 def published(method: str) -> bool:
     """Whether a strategy is a published way to prune: no control, and not FastV ranked anew, which this study adds."""
-    return method not in ("Full", "FastVRerank") and not STRATEGIES[method].control
+    return method in STRATEGIES and method not in ("Full", "FastVRerank") and not STRATEGIES[method].control
 
 
 def finding(measured: Comparison, place: str, dropped: bool) -> str:

@@ -82,32 +82,25 @@ def gains(laboratories: tuple[Measured, ...], budget: float = BUDGET) -> pd.Data
 def dyrate(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
     """Trained predictors at their own mean retention: what they gain on a constant rate, of how much, in nats a token.
 
-    paper: whether the recipe is the paper's, with nothing changed but the budget.
+    With FastV's ranking, evicted; `headroom.json` has the other rankings and residencies too. paper: whether the recipe is the
+    paper's, with nothing changed but the budget.
     """
     rows = []
     for lab in laboratories:
-        for ranking in lab.about["rankings"]:
-            for residency in LIBRARIES:
-                for recipe, found in captured(lab, ranking, residency).items():
-                    row = {"laboratory": label(lab), "ranking": ranking, "residency": residency, "recipe": recipe}
-                    row |= {"paper": bool(PAPER.fullmatch(recipe)), "retention": found["cost"]["value"]}
-                    row |= {what: found[what]["value"] for what in ("constant", "controller", BEST)}
-                    for what in ("headroom", "captured"):
-                        row |= {what: found[what]["value"]} | {f"{what}_{end}": found[what][end] for end in ("low", "high")}
-                    rows.append(row | {k: found["gain"][k] for k in ("value", "low", "high", "n", "seeds")})
-    return pd.DataFrame(rows, columns=None if rows else ["laboratory", "ranking", "residency", "recipe", "paper"])
+        for recipe, found in captured(lab, "FastV", "evict").items():
+            row = {"laboratory": label(lab), "recipe": recipe, "paper": bool(PAPER.fullmatch(recipe))}
+            row |= {"retention": found["cost"]["value"]}
+            row |= {what: found[what]["value"] for what in ("constant", "controller", BEST)}
+            for what in ("headroom", "captured"):
+                row |= {what: found[what]["value"]} | {f"{what}_{end}": found[what][end] for end in ("low", "high")}
+            rows.append(row | {k: found["gain"][k] for k in ("value", "low", "high", "n", "seeds")})
+    return pd.DataFrame(rows, columns=None if rows else ["laboratory", "recipe", "paper"])
 
 
 def at_hand(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
-    """Of `dyrate` what is shown of every laboratory: FastV's ranking, evicted, and the recipes that are trained for all."""
-    table = trained(laboratories)
-    return table[table.recipe.str.fullmatch(EVERYWHERE) | (table.recipe == BEST_OTHER)]
-
-
-def trained(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
-    """Of `dyrate` the rows of FastV's ranking, evicted: those of every recipe."""
+    """Of `dyrate` what is shown of every laboratory: the recipes that are trained for all, and the best but the paper's."""
     table = dyrate(laboratories)
-    return table[(table.ranking == "FastV") & (table.residency == "evict")]
+    return table[table.recipe.str.fullmatch(EVERYWHERE) | (table.recipe == BEST_OTHER)]
 
 
 @cache

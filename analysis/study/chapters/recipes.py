@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 
 from study.book import Chapter
-from study.chapters.headroom import BUDGET, SIGNED, at_hand, gains, label, percent, trained
+from study.chapters.headroom import BUDGET, SIGNED, at_hand, dyrate, label, percent
 from study.headroom.confirm import EQUAL, MAX_NEW_TOKENS, by_recipe, controllers, generated, questions
-from study.headroom.report import BEST_OTHER, PAPER, Measured
+from study.headroom.frontier import at_budget
+from study.headroom.report import BEST_OTHER, PAPER, Measured, library
 from study.intervals import bootstrap, in_words
 
 DISTANCE = 4  # steps of the grid on both sides over which a slope counts as measured
@@ -39,15 +40,12 @@ def losses(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
 
 def beside_policies(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
     """Captured headroom of each recipe beside that of the two things it could have learned: one schedule, a constant by task."""
-    table, own = gains(laboratories), _nearest(losses(laboratories))
-    table = table[(table.ranking == "FastV") & (table.residency == "evict")].set_index(["laboratory", "policy"])
-    rows = []
-    for name, of in own.groupby("laboratory", sort=False):
-        row = {"laboratory": name}
+    own, rows = _nearest(losses(laboratories)), []
+    for lab in laboratories:
+        row, reached = {"laboratory": label(lab)}, at_budget(library(lab, "FastV", "evict"), BUDGET)
         for policy, said in (("schedule", "one schedule for all"), ("constant by task", "one constant for each task")):
-            reached = table.loc[(name, policy)]
-            row[said] = percent(reached.captured, reached.captured_low, reached.captured_high)
-        for how, trained_so in _by_training(of):
+            row[said] = percent(*(reached[f"{policy}: captured"][end] for end in ("value", "low", "high")))
+        for how, trained_so in _by_training(own[own.laboratory == label(lab)]):
             (own,) = trained_so.itertuples()
             row[how] = percent(own.captured, own.captured_low, own.captured_high)
         rows.append(row)
@@ -56,7 +54,7 @@ def beside_policies(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
 
 def variants(lab: Measured) -> pd.DataFrame:
     """Rows of chapter 12 for every recipe and choice of features that is trained in a laboratory, the paper's among them."""
-    table = trained((lab,))
+    table = dyrate((lab,))
     known = table.recipe.map(lambda recipe: bool(PAPER.fullmatch(recipe)) or recipe.split("-")[0] in VARIANTS)
     return table[known].sort_values("value", ascending=False, ignore_index=True)
 

@@ -30,7 +30,8 @@ def write_laboratory(
 ) -> None:
     """Write `<laboratory>/<scene>.js`, `<laboratory>/about.json` and `scenes/<scene>.webp` below `out`.
 
-    Conditions that were written there before stay, unless they are measured anew. Raises ValueError if they had other scenes.
+    Conditions that were written there before stay, unless they are measured anew; where some stay, both devices are named.
+    Raises ValueError if they had other scenes.
     """
     folder, scenes = out / laboratory, [e.name for e in examples]
     before = read_laboratories(out).get(laboratory, {"scenes": scenes, "conditions": []})
@@ -38,7 +39,9 @@ def write_laboratory(
         raise ValueError(f"{folder} holds traces of other scenes: name another folder, or remove it")
     conditions = {c["label"]: c for c in before["conditions"]}
     answers = {e.name: read_scene(folder / f"{e.name}.js")["answers"] if conditions else {} for e in examples}
+    staying = set(conditions)
     for condition, given in answered:
+        staying.discard(condition.label)
         conditions[condition.label] = {"label": condition.label, "method": condition.method, "retention": condition.budget}
         for example, answer in zip(examples, given, strict=True):
             answers[example.name][condition.label] = packed(answer)
@@ -48,6 +51,8 @@ def write_laboratory(
         text = json.dumps(content | {"answers": answers[example.name]}, separators=(",", ":"))
         write_whole(folder / f"{example.name}.js", f"{HEAD}{text}{TAIL}")
         write_whole(out / "scenes" / f"{example.name}.webp", lambda path, p=picture.image: p.save(path, "WEBP", quality=80))
+    if staying:
+        about = about | {key: ", ".join(dict.fromkeys([before[key], about[key]])) for key in ("device", "torch") if key in about}
     content = about | {"scenes": scenes, "conditions": list(conditions.values())}
     write_whole(folder / "about.json", json.dumps(content, indent=1) + "\n")
 
