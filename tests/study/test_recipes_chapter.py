@@ -97,7 +97,9 @@ def test_recipes_stand_beside_what_they_could_have_learned(monkeypatch):
     monkeypatch.setattr(recipes, "library", lambda *_: None)
     monkeypatch.setattr(recipes, "at_budget", lambda *_: reached)
     monkeypatch.setattr(recipes, "losses", lambda _: pd.DataFrame([far, row_of("evict-0.33", "first", 0.1, 0.2)]))
-    (row,) = recipes.beside_policies((SimpleNamespace(name="first", layer=2),)).to_dict("records")
+    labs = tuple(SimpleNamespace(name=name, layer=2) for name in ("first", "without predictors"))
+    row, other = recipes.beside_policies(labs).to_dict("records")
+    assert other["one schedule for all"] == row["one schedule for all"]
     assert [row[c].split(" (")[0] for c in row if c != "laboratory"] == ["10 %", "70 %", "50 %"]  # the nearest budget's
 
 

@@ -46,8 +46,8 @@ def beside_policies(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
         for policy, said in (("schedule", "one schedule for all"), ("constant by task", "one constant for each task")):
             row[said] = percent(*(reached[f"{policy}: captured"][end] for end in ("value", "low", "high")))
         for how, trained_so in _by_training(own[own.laboratory == label(lab)]):
-            (own,) = trained_so.itertuples()
-            row[how] = percent(own.captured, own.captured_low, own.captured_high)
+            (it,) = trained_so.itertuples()
+            row[how] = percent(it.captured, it.captured_low, it.captured_high)
         rows.append(row)
     return pd.DataFrame(rows)
 
