@@ -66,14 +66,14 @@ def _scene(scene: str, groups: list[dict], checked: bool) -> str:
 
 
 def _choices(conditions: list[dict], chosen: str) -> dict[str, str]:
-    """Head and rows of the table of methods and retention ratios; a method with another ratio has one wide cell."""
+    """Head and rows of the table of methods and retention ratios; a method of one budget has one wide cell."""
     labels = {(c["method"], c["retention"]): c["label"] for c in conditions if c["method"] != "Full"}
     ratios = sorted({x for method, x in labels if method == "FastV"}, reverse=True)
     rows = []
     for method in dict.fromkeys(method for method, _ in labels):
-        own = [x for m, x in labels if m == method and x not in ratios]
-        cells = [_cell(labels[method, x], f"{method}, retention {x}", chosen, len(ratios) if x in own else 1)
-                 for x in own or ratios]  # fmt: skip
+        has = [x for m, x in labels if m == method]
+        own = [] if set(has) == set(ratios) else has
+        cells = [_cell(labels[method, x], f"{method}, retention {x}", chosen, len(ratios) if own else 1) for x in own or ratios]
         note = f" (budget {own[0]:g})" if own else ""
         rows.append(f'<tr><th scope="row">{method}{note}</th>{"".join(cells)}</tr>')
     return {"retentions": "".join(f'<th scope="col">{x:g}</th>' for x in ratios), "methods": "".join(rows)}
