@@ -24,6 +24,7 @@ from dyrate.strategies.dyrate import DyRate
 from dyrate.teacher_forcing import Prepared, answer_losses, frozen, prepare_examples
 from study.examples import examples
 from study.profiles import ROOT
+from study.rows import write_rows
 
 TASKS = ("caption", "description", "look_late", "qa_long_word")
 PATTERN = "evict-*"  # predictors that were trained as the paper does
@@ -128,8 +129,7 @@ def measure(model: str, n: int, out: Path, *, batch_size: int = 10) -> None:
             slopes = slope_rows(loaded, predictor, batches, RATE)
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in (("inert", pd.concat(inert_of, ignore_index=True)), ("slopes", slopes)):
-        settings = {"index": False, "compression": "gzip", "float_format": "%.4g"}
-        write_whole(out / f"gradients_{name}.csv.gz", lambda path, rows=rows: rows.to_csv(path, **settings))
+        write_rows(out / f"gradients_{name}.csv.gz", rows, digits=4)
     record = {"model": model, "n": n, **describe(loaded), "rate": RATE, "tasks": TASKS, "torch": torch.__version__}
     write_whole(out / "gradients.json", json.dumps(record, indent=1) + "\n")
 

@@ -35,6 +35,7 @@ from study.groups import group_rows
 from study.noise import Scores, cls_attention, noise_rows
 from study.pocket.language import description
 from study.profiles import ROOT
+from study.rows import write_rows
 
 EARLY = 2  # FastV's layer
 RANKINGS = (
@@ -165,9 +166,7 @@ def measure(model: str, n: int, out: Path, *, store: Path, batch_size: int = 50)
     out.mkdir(parents=True, exist_ok=True)
 
     def write(part: str, rows) -> None:
-        table = pd.DataFrame(rows)
-        settings = {"index": False, "compression": "gzip", "float_format": "%.4g"}
-        write_whole(out / f"importance_{part}.csv.gz", lambda path: table.to_csv(path, **settings))
+        write_rows(out / f"importance_{part}.csv.gz", pd.DataFrame(rows), digits=4)
 
     answers, ranks, known = [], [], {}
     for layer in scanned_layers(about["layers"]):

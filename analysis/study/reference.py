@@ -32,6 +32,7 @@ from study.examples import TASKS, SceneExample, examples
 from study.pocket.language import PROMPTS
 from study.pocket.scenes import compose, render
 from study.predictors import condition_of
+from study.rows import read_answers, write_rows
 from study.scores import scored, slot_scores
 
 SCANNED = ("description", "qa_two_step", "qa_total", "qa_long_word")
@@ -102,7 +103,7 @@ def measure(
         rows = answer_all(loaded, processor, part.conditions, asked, store, max_new_tokens=100, batch_size=batch_size)
         layer = {c.label: c.strategy.first_pruned_layer for c in part.conditions}
         rows = rows.assign(first_pruned_layer=rows.label.map(layer))
-        write_whole(out / f"{part.name}.csv.gz", lambda path, rows=rows: rows.to_csv(path, index=False, compression="gzip"))
+        write_rows(out / f"{part.name}.csv.gz", rows)
         record = {"model": model, "n": n, **about, "torch": torch.__version__}
         write_whole(out / "about.json", json.dumps(record, indent=1) + "\n")
 
@@ -137,8 +138,7 @@ def constants(model: str, n: int, predictors: Path, out: Path, *, store: Path, b
         alike = Condition(f"constant as {label}", constant, "Constant", mine.budget.iloc[0], int(seed))
         rows.append(answer_all(loaded, processor, [alike], examples("laboratories", n, tasks=[task]), store, **settings))
     table = scored(pd.concat(rows, ignore_index=True), asked).drop(columns=["answer", "scene"])
-    path = out / "reference_constants.csv.gz"
-    write_whole(path, lambda path: table.to_csv(path, index=False, compression="gzip", float_format="%.6g"))
+    write_rows(out / "reference_constants.csv.gz", table, digits=6)
 
 
 def _asked(part: Part, n: int) -> Examples:
@@ -159,11 +159,10 @@ def score(source: Path, out: Path) -> None:
     for part in parts(about["layers"]):
         if not (source / f"{part.name}.csv.gz").exists():  # measured elsewhere, or before
             continue
-        rows = pd.read_csv(source / f"{part.name}.csv.gz", keep_default_na=False, dtype={"sample": str, "scene": str})
+        rows = read_answers(source / f"{part.name}.csv.gz")
         asked = _asked(replace(part, other_picture=False), about["n"])
         rows = _with_slots(scored(rows, asked), asked).drop(columns=["answer", "scene"])
-        path = out / f"reference_{part.name}.csv.gz"
-        write_whole(path, lambda path, rows=rows: rows.to_csv(path, index=False, compression="gzip", float_format="%.6g"))
+        write_rows(out / f"reference_{part.name}.csv.gz", rows, digits=6)
         devices[part.name] = about["device"]
     elsewhere = {part: device for part, device in devices.items() if device != known["device"]}
     write_whole(out / "reference.json", json.dumps(known | {"devices": elsewhere}, indent=1) + "\n")

@@ -67,12 +67,9 @@ def test_the_finding_follows_the_intervals(monkeypatch):
     said = recipes.finding(())
     assert "trained as the paper says scores higher on first (+0.200, +0.100 to +0.300), lower on second (-0.200" in said
     assert "at equal computation lower on first (-0.200, -0.300 to -0.100), second (-0.200" in said
-    assert (
-        "by `curves` scores higher on second (+0.150, +0.100 to +0.200), not significantly different on first" in said
-    )
-    assert (
-        "trained by `curves` 50 % (40 to 60) on first, 50 % (40 to 60) on second" in said and "20 on first, 20 on second" in said
-    )
+    assert "by `curves` scores higher on second (+0.150, +0.100 to +0.200), not significantly different on first" in said
+    assert "trained by `curves` 50 % (40 to 60) on first, 50 % (40 to 60) on second" in said
+    assert "20 on first, 20 on second" in said
     assert recipes.compared(()) in said
     assert "says it beats one constant rate of the same measured mean retention in 1 of 2 settings and loses in 1" in said
     assert "beats one of the same computation in 0 and loses in 2; trained by `curves`" in said

@@ -25,26 +25,29 @@ def points(lab: Laboratory) -> pd.DataFrame:
     """
     asked = pd.concat([lab.rows(part) for part in ("methods", "questions")])
     full = asked[asked.method == "Full"]
-    rows = [_point("unpruned", full, full)]
+    unpruned = _macs(full)
+    rows = [_point("unpruned", full, unpruned)]
     for method in METHODS:
-        rows += [_point(method, of, full) for _, of in asked[asked.method == method].groupby("budget")]
+        rows += [_point(method, of, unpruned) for _, of in asked[asked.method == method].groupby("budget")]
     try:
         answers = generated(Path(lab.folder))
     except FileNotFoundError:
         return pd.DataFrame(rows)
-    full = answers[answers.method == "Full"]
+    unpruned = _macs(answers[answers.method == "Full"])
     for recipe, of in by_recipe(answers).items():
         name = "the paper's recipe" if PAPER.fullmatch(recipe) else recipe.split("-")[0]
-        rows.append(_point(f"DyRate, {name}", of, full))
+        rows.append(_point(f"DyRate, {name}", of, unpruned))
     return pd.DataFrame(rows)
 
 
-def _point(name: str, rows: pd.DataFrame, full: pd.DataFrame) -> dict:
-    """The mean over TASKS, with the interval over answers; several trainings of one method count with their mean."""
-    means, whole = (_by_answer(of) for of in (rows, full))
+def _point(name: str, rows: pd.DataFrame, unpruned: float) -> dict:
+    """The mean over TASKS, with the interval over answers; several trainings of one method count with their mean.
+
+    unpruned: multiply-accumulates without pruning, of which the cost is a share.
+    """
+    means = _by_answer(rows)
     weights = resampled(means.index.get_level_values("task").to_numpy())
-    found = {"name": name, "retention": weights[0] @ means.retention, "macs_share": weights[0] @ means.macs}
-    found["macs_share"] /= whole.groupby("task").macs.mean().mean()
+    found = {"name": name, "retention": weights[0] @ means.retention, "macs_share": weights[0] @ means.macs / unpruned}
     return found | number(weights @ means.score.to_numpy(), len(means))
 
 
@@ -52,6 +55,11 @@ def _by_answer(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean score, retention and multiply-accumulates of each answer to TASKS."""
     rows = rows[rows.task.isin(TASKS)].assign(macs=lambda r: r.prefill + r.decode)
     return rows.groupby(["task", "sample"])[["score", "retention", "macs"]].mean()
+
+
+def _macs(rows: pd.DataFrame) -> float:
+    """Mean multiply-accumulates of an answer, TASKS weighted equally."""
+    return _by_answer(rows).groupby("task").macs.mean().mean()
 
 
 def said(tables: dict[str, pd.DataFrame]) -> str:

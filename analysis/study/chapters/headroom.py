@@ -78,23 +78,28 @@ def gains(laboratories: tuple[Measured, ...], budget: float = BUDGET) -> pd.Data
     return pd.DataFrame(rows)
 
 
-@cache
 def dyrate(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
     """Trained predictors at their own mean retention: what they gain on a constant rate, of how much, in nats a token.
 
     With FastV's ranking, evicted; `headroom.json` has the other rankings and residencies too. paper: whether the recipe is the
     paper's, with nothing changed but the budget.
     """
-    rows = []
-    for lab in laboratories:
-        for recipe, found in captured(lab, "FastV", "evict").items():
-            row = {"laboratory": label(lab), "recipe": recipe, "paper": bool(PAPER.fullmatch(recipe))}
-            row |= {"retention": found["cost"]["value"]}
-            row |= {what: found[what]["value"] for what in ("constant", "controller", BEST)}
-            for what in ("headroom", "captured"):
-                row |= {what: found[what]["value"]} | {f"{what}_{end}": found[what][end] for end in ("low", "high")}
-            rows.append(row | {k: found["gain"][k] for k in ("value", "low", "high", "n", "seeds")})
+    rows = [row for lab in laboratories for row in _trained_in(lab)]
     return pd.DataFrame(rows, columns=None if rows else ["laboratory", "recipe", "paper"])
+
+
+@cache
+def _trained_in(lab: Measured) -> list[dict]:
+    """The rows of `dyrate` of one laboratory, which several tables need."""
+    rows = []
+    for recipe, found in captured(lab, "FastV", "evict").items():
+        row = {"laboratory": label(lab), "recipe": recipe, "paper": bool(PAPER.fullmatch(recipe))}
+        row |= {"retention": found["cost"]["value"]}
+        row |= {what: found[what]["value"] for what in ("constant", "controller", BEST)}
+        for what in ("headroom", "captured"):
+            row |= {what: found[what]["value"]} | {f"{what}_{end}": found[what][end] for end in ("low", "high")}
+        rows.append(row | {k: found["gain"][k] for k in ("value", "low", "high", "n", "seeds")})
+    return rows
 
 
 def at_hand(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
@@ -146,7 +151,7 @@ def dyrate_shown(table: pd.DataFrame) -> pd.DataFrame:
         "laboratory": table.laboratory, "recipe": table.recipe, "trainings": table.seeds, "retention": table.retention,
         "constant": table.constant, "DyRate": table.controller, BEST: table[BEST],
         "gain on the constant": [in_words(row, SIGNED) for row in table.to_dict("records")],
-        "captured headroom": [percent(r.captured, r.captured_low, r.captured_high) for r in table.itertuples()],
+        "captured headroom": [captured_said(row) for row in table.itertuples()],
     })  # fmt: skip
 
 
@@ -177,6 +182,11 @@ def percent(value: float, low: float, high: float) -> str:
     return f"{100 * value:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
 
 
+def captured_said(row) -> str:
+    """The captured headroom of a row of `gains` or `dyrate`, with its interval, in percent."""
+    return percent(row.captured, row.captured_low, row.captured_high)
+
+
 def finding(laboratories: tuple[Measured, ...]) -> str:
     """How much there is to gain, where most, what a schedule and the predictor's features get of it, and the paper's recipe."""
     table = gains(laboratories)
@@ -185,7 +195,7 @@ def finding(laboratories: tuple[Measured, ...]) -> str:
     best, parts = headline.loc[(most, BEST)], []
     for policy in ("schedule", "schedule by task", "by features"):
         row = headline.loc[(most, policy)]
-        parts.append(f"{SAID[policy]} captures {percent(row.captured, row.captured_low, row.captured_high)}")
+        parts.append(f"{SAID[policy]} captures {captured_said(row)}")
     text = (
         f"**At a mean retention of {100 * BUDGET:.0f} % a constant rate costs {best.constant - best.unpruned:.3f} nats a token "
         f"on {most} (FastV's ranking, evicted; {best.constant:.3f} against {best.unpruned:.3f} unpruned), and the best "
@@ -207,8 +217,7 @@ def recipe_said(laboratories: tuple[Measured, ...], name: str) -> str:
     ):
         if len(of):
             row = of.loc[(of.retention - BUDGET).abs().idxmin()]
-            share = percent(row.captured, row.captured_low, row.captured_high)
-            parts.append(f"{what} (at its own mean retention of {row.retention:.2f}) captures {share}")
+            parts.append(f"{what} (at its own mean retention of {row.retention:.2f}) captures {captured_said(row)}")
     return " and ".join(parts) or "no predictor is trained for this model yet"
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from study.book import Chapter
-from study.chapters.headroom import BUDGET, SIGNED, at_hand, dyrate, label, percent
+from study.chapters.headroom import BUDGET, SIGNED, at_hand, captured_said, dyrate, label, percent
 from study.headroom.confirm import EQUAL, MAX_NEW_TOKENS, by_recipe, controllers, generated, questions
 from study.headroom.frontier import at_budget
 from study.headroom.report import BEST_OTHER, PAPER, Measured, library
@@ -47,7 +47,7 @@ def beside_policies(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
             row[said] = percent(*(reached[f"{policy}: captured"][end] for end in ("value", "low", "high")))
         for how, trained_so in _by_training(own[own.laboratory == label(lab)]):
             (it,) = trained_so.itertuples()
-            row[how] = percent(it.captured, it.captured_low, it.captured_high)
+            row[how] = captured_said(it)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -133,7 +133,7 @@ def losses_shown(table: pd.DataFrame) -> pd.DataFrame:
     """`losses` for the page."""
     if table.empty:
         return pd.DataFrame({"laboratory": ["no predictor is trained for these models yet"]})
-    captured = [percent(row.captured, row.captured_low, row.captured_high) for row in table.itertuples()]
+    captured = [captured_said(row) for row in table.itertuples()]
     return _gains_shown(table, table.controller).assign(**{"captured headroom": captured})
 
 
@@ -160,7 +160,7 @@ def finding(laboratories: tuple[Measured, ...]) -> str:
     """What each recipe gains in generated answers, at equal retention and at equal computation, and in losses."""
     text = f"{counted(answers(laboratories))} {compared(laboratories)}".strip()
     shares = [
-        f"{how} {', '.join(f'{percent(r.captured, r.captured_low, r.captured_high)} on {r.laboratory}' for r in of.itertuples())}"
+        f"{how} {', '.join(f'{captured_said(row)} on {row.laboratory}' for row in of.itertuples())}"
         for how, of in _by_training(_nearest(losses(laboratories)))
     ]
     return f"{text} Of the headroom in teacher-forced loss that chapter 12 measures, {'; '.join(shares)}." if shares else text

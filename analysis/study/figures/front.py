@@ -66,9 +66,10 @@ def named(axis, table: pd.DataFrame, cost: str) -> None:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the parts of the method's picture stand, in units of a tenth of an inch; (x, y) of a step's part from its lower left.
+    """Where the parts of the method's picture stand, in tenths of an inch from the lower left, of the picture or of a step.
 
-    titles: (x, y) of each; key: (x, y) of the segments' names, a line apart where they do not fit beside each other.
+    first: bottom of the first step, the next `apart` below it. bar: x, y and width. arrows: from x to x at a height. key: of the
+    segments' names. evicted: of what the tokens' colours mean.
     """
 
     size: tuple[float, float]
@@ -86,15 +87,17 @@ class Layout:
 
 
 WIDE = Layout(
-    (92, 31), 21.5, 8.5, (0.5, 2), (8, 0, 18), (33, 0), (55, 2), (67, 0), ((27, 32, 2), (44, 49.5, 2), (60.5, 65.5, 2)),
-    {
+    size=(92, 31), first=21.5, apart=8.5, word=(0.5, 2), bar=(8, 0, 18), predictor=(33, 0), rate=(55, 2), tokens=(67, 0),
+    arrows=((27, 32, 2), (44, 49.5, 2), (60.5, 65.5, 2)), key=(8, 0.4), evicted=(67, 0.4),
+    titles={
         (14, 29): "attention of the newest token", (38, 29): "one linear layer", (55, 29): "a rate",
         (76, 29): "what stays in the cache",
-    }, (8, 0.4), (67, 0.4),
+    },
 )  # fmt: skip
 TALL = Layout(
-    (46, 56), 41, 16.5, (0.5, 8.5), (11, 6.5, 34), (0.5, 0), (18.5, 2), (27, 0), ((11.5, 14, 2), (23, 26, 2)),
-    {(23, 53.5): "attention, linear layer, rate, cache"}, (0.5, 2.6), (0.5, 0.2),
+    size=(46, 56), first=41, apart=16.5, word=(0.5, 8.5), bar=(11, 6.5, 34), predictor=(0.5, 0), rate=(18.5, 2), tokens=(27, 0),
+    arrows=((11.5, 14, 2), (23, 26, 2)), key=(0.5, 2.6), evicted=(0.5, 0.2),
+    titles={(23, 53.5): "attention, linear layer, rate, cache"},
 )  # fmt: skip
 
 

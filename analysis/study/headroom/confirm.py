@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float
 
 import dyrate
-from dyrate.atomic import write_whole
 from dyrate.data import Examples
 from dyrate.strategies.controls import Constant, MeanTrajectory
 from dyrate.strategies.dyrate import DyRate
@@ -28,6 +27,7 @@ from study.headroom.frontier import Library, choices, number, of_mean, of_task, 
 from study.headroom.library import LIBRARIES, Trajectory
 from study.headroom.measure import trained_here
 from study.headroom.report import Measured, library, recipe_of
+from study.rows import read_answers, write_rows
 from study.scores import scored
 
 BUDGETS = (0.25, 0.33)
@@ -96,28 +96,23 @@ def confirm(
     stay, and only the conditions that it lacks are answered, with the same `n`.
     """
     measured, path = Measured(folder, layer), out / _file(layer, residency)
-    known = [_answers(path)] if add else []
+    known = [read_answers(path)] if add else []
     labels = {label for rows in known for label in rows.label}
     model, processor = dyrate.load(measured.name, dtype=torch.float32)
     wanted = conditions(measured, residency, budgets, trained_here(predictors, layer, model))
     wanted = [condition for condition in wanted if condition.label not in labels]
     how = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": batch_size}
     rows = pd.concat([*known, answer_all(model, processor, wanted, questions(measured, n), store, **how)], ignore_index=True)
-    write_whole(path, lambda path: rows.to_csv(path, index=False, compression="gzip"))
-
-
-def _answers(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path, keep_default_na=False, dtype={"sample": str, "scene": str})
+    write_rows(path, rows)
 
 
 def score(source: Path, folder: Path, *, layer: int = 2, residency: str = "evict") -> None:
     """Score answers that `confirm` wrote into `source`, and write them without their texts into the laboratory's folder."""
-    rows = _answers(source / _file(layer, residency))
+    rows = read_answers(source / _file(layer, residency))
     measured, n = Measured(folder, layer), rows.groupby("task")["sample"].nunique().max()
     columns = ["label", "method", "budget", "sample", "task", "tokens", "retention", "prefill", "decode", "score"]
     table = scored(rows.assign(budget=pd.to_numeric(rows.budget)), questions(measured, int(n)))[columns]
-    path = folder / _file(layer, residency)
-    write_whole(path, lambda path: table.to_csv(path, index=False, compression="gzip", float_format="%.6g"))
+    write_rows(folder / _file(layer, residency), table, digits=6)
 
 
 def _file(layer: int, residency: str) -> str:

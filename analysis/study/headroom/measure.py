@@ -35,6 +35,7 @@ from study.headroom.library import LIBRARIES, N_RATES, costs, kept_tokens
 from study.headroom.rankings import RANKINGS, STATIC, ranked
 from study.profiles import ROOT
 from study.provenance import digest, files
+from study.rows import write_rows
 
 TASKS = ("caption", "description", "look_late", "backwards", "qa_reading", "qa_long_word", "qa_two_step", "qa_place")
 
@@ -112,8 +113,7 @@ def _batches(lab: Laboratory, source: str, n: int, tasks: Sequence[str], batch_s
 
 
 def _write(path: Path, table: pd.DataFrame) -> None:
-    rows = table.round(4)
-    write_whole(path, lambda path: rows.to_csv(path, index=False, compression="gzip", float_format="%.3g"))
+    write_rows(path, table.round(4), digits=3)
 
 
 def trained_here(folder: Path | None, layer: int, model: nn.Module) -> dict[str, DyRate]:
