@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -19,10 +20,12 @@ from myst_nb import glue
 
 from dyrate.atomic import write_whole
 from dyrate.data import Examples, one_line
+from study import rows
 from study.figures import phone
 from study.profiles import ROOT
 from study.protocol import protocol_rows
 
+T = TypeVar("T")
 NUMBER = ("value", "low", "high", "n")  # what is recorded of a number with its interval
 
 
@@ -59,6 +62,10 @@ class Chapter:
         self.texts[key] = text.replace("**", "").replace("`", "")
         glue(f"{key}_plain", self.texts[key], display=False)
 
+    def measured(self, measure: Callable[..., T], *, draw: bool, **parameters) -> T:
+        """What `measure(**parameters)` returns, kept as rows beside its results; draw: what an earlier run kept there."""
+        return rows.measured(measure, self.folder / "rows" / self.name, draw=draw, **parameters)
+
     def table(self, file: str, frame: pd.DataFrame) -> None:
         """Write the rows behind a figure as CSV."""
         path = self.folder / file
@@ -82,12 +89,6 @@ class Chapter:
             raise ValueError(f"chapter {self.name} states no protocol: call chapter.protocol(examples, ...) before close()")
         content = {"numbers": self.numbers, "texts": self.texts, "protocol": self.protocols, "left_out": self.left_out}
         write_whole(self.folder / f"{self.name}.json", json.dumps(content, indent=1) + "\n")
-
-
-def recorded(results: str, name: str) -> dict:
-    """What a chapter wrote into a folder of results, relative to the repository; empty if it was not run there."""
-    path = ROOT / results / f"{name}.json"
-    return json.loads(path.read_text()) if results and path.exists() else {}
 
 
 def shown_table(frame: pd.DataFrame, caption: str, name: str) -> Markdown:

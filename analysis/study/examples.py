@@ -8,6 +8,7 @@ left out and listed.
 
 from __future__ import annotations
 
+import json
 import random
 import warnings
 import zlib
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import pandas as pd
 from PIL import Image
 
 from dyrate.data import Example, Examples
@@ -178,6 +180,27 @@ def _with_images(examples: Examples) -> Examples:
     for problem in examples.problems:
         warnings.warn(problem, stacklevel=2)
     return examples
+
+
+def as_rows(examples: Examples) -> tuple[pd.DataFrame, dict]:
+    """Examples as a table, a row each, and what holds for all of them, to be written; `from_rows` has them back."""
+    columns = ["name", "task", "prompt", "references", "path"]
+    items = [(e.name, e.task, e.prompt, json.dumps(e.references), str(e.path or "")) for e in examples]
+    about = {key: getattr(examples, key) for key in ("source", "split", "problems", "missing", "unreadable")}
+    return pd.DataFrame(items, columns=columns, dtype=object), about
+
+
+def from_rows(table: pd.DataFrame, about: dict) -> Examples:
+    """The examples that `as_rows` took apart: scenes are composed anew, photographs opened where they lay."""
+    items = []
+    for row in table.to_dict("records"):
+        given = row | {"references": tuple(json.loads(row["references"])), "path": Path(row["path"]) if row["path"] else None}
+        if about["source"] in SCENES:
+            scene = compose(int(row["name"].rpartition("-")[2]), about["source"] != "pocket")
+            items.append(SceneExample(**given, scene=scene))
+        else:
+            items.append(Example(**given))
+    return Examples(items, **about)
 
 
 def left_out(examples: Examples) -> str:

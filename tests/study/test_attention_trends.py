@@ -77,10 +77,10 @@ def test_one_depth_that_fades_is_part_of_the_fall():
 
 def test_variance_explained_by_the_step():
     straight = attention.explained_by_step([recording(lambda t: 0.6 - 0.01 * t, lambda t: 0.1) for _ in range(4)])
-    assert straight["raw"]["value"] > 0.999
+    assert straight.set_index("measure").value["raw"] > 0.999
     rng = np.random.default_rng(1)
     noise = [recording(lambda t, x=x: x[t], lambda t: 0.1) for x in rng.uniform(0.2, 0.6, (20, 40))]
-    assert attention.explained_by_step(noise)["raw"]["value"] < 0.05
+    assert attention.explained_by_step(noise).set_index("measure").value["raw"] < 0.05
 
 
 def test_focus_by_hand():

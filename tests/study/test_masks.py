@@ -10,8 +10,6 @@ from PIL import Image
 
 import dyrate
 from browser import BROWSER
-from dyrate.predictor import RatePredictor
-from dyrate.strategies.dyrate import DyRate
 from study.book import Chapter
 from study.chapters import masks
 from study.examples import examples
@@ -38,10 +36,10 @@ def test_retention_by_answer_by_hand():
     assert late.row_bias == 0.5  # all in the last row
 
 
-def measured(answers, strategy=None, images=()):
+def measured(answers, residency="mask", images=()):
     """The chapter's measurements with these answers."""
-    strategy = strategy or dyrate.FastV(rate=0.5)
-    return masks.Masks("`a`", "`a` (images)", "p", strategy, dyrate.Examples(list(images), "x"), answers)
+    table = masks.by_answer(answers)
+    return masks.Masks("`a`", "`a` (images)", "p", 4, 2, residency, dyrate.Examples(list(images), "x"), table, [])
 
 
 def test_of_photographs_nothing_is_claimed_about_what_they_show(tmp_path):
@@ -49,7 +47,7 @@ def test_of_photographs_nothing_is_claimed_about_what_they_show(tmp_path):
     assert list(table) == ["sample", "row_bias", "last_change", "steps", "kept_first", "kept_last"]
     answers, chapter = [answer(None)] * 2, Chapter("06_masks", str(tmp_path))
     photograph = dyrate.Example("a", "caption", "", ("a red cat",))
-    masks.record(chapter, measured(answers, images=[photograph]), masks.by_answer(answers))
+    masks.record(chapter, measured(answers, images=[photograph]))
     assert set(chapter.numbers) == {"row_bias", "kept_first", "kept_last", "first_pruned_layer"}
     assert chapter.texts["masks_finding"] == (
         "With a (images) and the predictor p, 2 of 2 answers end at the same retention, 0.250 (distinct last retentions: 1); "
@@ -67,8 +65,7 @@ def test_late_rates_are_inert_under_eviction_alone():
     other.kept = np.concatenate([other.kept[:2], other.kept[1:2]])
     answers = [answer(None), other, other]
     for residency, explained in (("evict", True), ("mask", False)):
-        like = DyRate.of(RatePredictor(6, 8, "llava", n_rates=4, residency=residency))
-        text = masks.finding(measured(answers, like), masks.by_answer(answers))
+        text = masks.finding(measured(answers, residency))
         assert "2 of 3 answers end at the same retention, 0.500 (distinct last retentions: 2)" in text
         assert ("The 4 rates lie 0.250 apart" in text) == explained
         assert ("Retention changes last at token 2 of 3 (medians)" in text) == explained
@@ -83,7 +80,7 @@ def test_wrong_words_of_both_answers_are_in_bold():
     assert shown["right slots"].tolist() == [1, 0.75]
     table = masks.by_answer([one, one])
     assert table.right.tolist() == [0.75, 0.75] and table.right_unpruned.tolist() == [1, 1]
-    text = masks.finding(measured([one, one]), table)
+    text = masks.finding(measured([one, one]))
     assert "get 0.75 of the slots right, unpruned 1.00: a difference of -0.25 (-0.25 to -0.25)" in text
 
 
@@ -104,6 +101,9 @@ def test_kept_by_token_follows_the_trace():
         assert one.text and one.scene is None  # a question is not scored by slots
     assert len(masks.unpruned(model, processor, scenes, max_new_tokens=6)) == 2
     assert len(kept_patches(answers).axes) == 12
+    again = masks.from_json(json.loads(json.dumps(masks.as_json(answers[1]))), scenes)
+    assert (again.kept == answers[1].kept).all() and (again.shown == answers[1].shown).all() and again.text == answers[1].text
+    assert again.picture == answers[1].picture and again.tokens == answers[1].tokens
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no browser")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -40,53 +39,37 @@ _KINDS = {
 
 @dataclass
 class Attention:
-    """What the chapter measured. model: its name and size, for captions; main: the recordings of the first task."""
+    """What the chapter measured, of answers to the first task but for `answers`, `kinds` and `course`, which are of all.
+
+    model: its name and size, for captions. answers: sample, task and tokens of each. curves, trends, layer_trends, layer_steps,
+    kinds, course, density (`focus`): what the functions of these names return. heads: mean image share over the steps, a layer
+    a row and a head a column. clock: `explained_by_step`. heads_over_steps: of `heads_over_steps`. shown: `shown`.
+    """
 
     model: str
     examples: Examples
-    recordings: list[Recording]
-    main: list[Recording]
+    answers: pd.DataFrame
+    curves: pd.DataFrame
+    trends: pd.DataFrame
+    layer_trends: pd.DataFrame
+    layer_steps: pd.DataFrame
+    heads: pd.DataFrame
+    kinds: pd.DataFrame
+    course: pd.DataFrame
+    density: pd.DataFrame
+    clock: pd.DataFrame
+    heads_over_steps: float
+    shown: dict
 
     @property
     def scenes(self) -> bool:
         """Whether it is known what the images show."""
         return has_scenes(self.examples)
 
-    @cached_property
-    def curves(self) -> pd.DataFrame:
-        """`curves` of the first task."""
-        return curves(self.main)
-
-    @cached_property
-    def trends(self) -> pd.DataFrame:
-        """`trends` of the first task."""
-        return trends(self.main)
-
-    @cached_property
-    def heads(self) -> np.ndarray:
-        """Mean image share of every attention head over the steps of the first task's answers, (layer, head)."""
-        return np.mean([r.shares[1:, ..., IMAGE].mean(0) for r in self.main], 0)
-
-    @cached_property
-    def density(self) -> pd.DataFrame:
-        """`focus` of the first task; empty where no answer names an object, or nobody knows where objects are."""
-        if not self.scenes:
-            return focus([], [], [])
-        scene_of = {e.name: e.scene for e in self.examples}
-        scenes = [scene_of[r.sample] for r in self.main]
-        return focus(self.main, scenes, [render(scene).cover for scene in scenes])
-
-    @cached_property
-    def focus_layer(self) -> int:
-        """The layer that attends most densely to the object being named, where `density` has any."""
-        return int(self.density[self.density.patches == "named object"].set_index("layer").value.idxmax())
-
-    @cached_property
-    def shown(self) -> Recording:
-        """The answer to draw: on scenes the one of the first 20 that names the most objects, else the first."""
-        if not self.scenes:
-            return self.recordings[0]
-        return max(self.main[:20], key=lambda r: len({t for t in r.tokens if token_kind(t, True) == "object"}))
+    @property
+    def main(self) -> pd.DataFrame:
+        """The answers to the first task."""
+        return self.answers[self.answers.task == self.answers.task.iloc[0]]
 
 
 def measure(
@@ -95,13 +78,28 @@ def measure(
 ) -> Attention:  # fmt: skip
     """Record the attention of answers to `n` images a task. Parameters: the notebook's."""
     examples = study_examples(source, n, tasks=tasks, seed=seed)
+    scenes = has_scenes(examples)
     loaded, processor = dyrate.load(model, device_map=device_map or None)
     recordings = record_examples(
-        loaded, processor, examples, max_new_tokens=max_new_tokens, batch_size=batch_size, image_rows=has_scenes(examples)
+        loaded, processor, examples, max_new_tokens=max_new_tokens, batch_size=batch_size, image_rows=scenes
     )
     about = describe(loaded)
     name = f"`{model}` ({about['family']}, {about['parameters'] / 1e6:.1f} M parameters, {about['layers']} layers)"
-    return Attention(name, examples, recordings, [r for r in recordings if r.task == tasks[0]])
+    answers = pd.DataFrame([{"sample": r.sample, "task": r.task, "tokens": len(r.tokens)} for r in recordings])
+    main = [r for r in recordings if r.task == tasks[0]]
+    heads = np.mean([r.shares[1:, ..., IMAGE].mean(0) for r in main], 0)
+    scene_of = {e.name: e.scene for e in examples} if scenes else {}
+    of_main = [scene_of[r.sample] for r in main if scenes]
+    density = focus(main if scenes else [], of_main, [render(scene).cover for scene in of_main])
+    return Attention(
+        name, examples, answers, curves(main), trends(main), layer_trends(main), layer_steps(main), _table(heads),
+        token_kinds(recordings, scenes), course_by_task(recordings), density, explained_by_step(main),
+        heads_over_steps(main, heads), shown(main[:20] if scenes else recordings[:1], density),
+    )  # fmt: skip
+
+
+def _table(heads: np.ndarray) -> pd.DataFrame:
+    return pd.DataFrame(heads, columns=[str(i) for i in range(heads.shape[1])])
 
 
 def depths(n_layers: int) -> dict[str, list[int]]:
@@ -183,14 +181,14 @@ def course_by_task(recordings: list[Recording], bins: int = 12) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["task", "position", "value", "low", "high", "n"])
 
 
-def explained_by_step(recordings: list[Recording]) -> dict[str, dict]:
+def explained_by_step(recordings: list[Recording]) -> pd.DataFrame:
     """How much of a measure's variance over all steps a straight line in the step number explains (R^2), deep layers.
 
     The more of it, the more a predictor that reads the measure learns when it is, and not what is in the image.
     """
     deep = depths(_n_layers(recordings))["deep"]
     measured = [measures(r) for r in recordings]
-    explained = {}
+    rows = []
     for name in MEASURES:
         points = [np.stack([np.arange(1, len(m[name])), m[name][1:, deep].mean(1)], 1) for m in measured]
 
@@ -198,23 +196,18 @@ def explained_by_step(recordings: list[Recording]) -> dict[str, dict]:
             x, y = np.concatenate([points[int(i)] for i in drawn]).T
             return np.corrcoef(x, y)[0, 1] ** 2 if len(x) > 2 else np.nan
 
-        explained[name] = bootstrap(np.arange(len(points)), r_squared, resamples=300)
-    return explained
+        rows.append({"measure": name, **bootstrap(np.arange(len(points)), r_squared, resamples=300)})
+    return pd.DataFrame(rows)
 
 
-def by_layer_and_step(recordings: list[Recording]) -> tuple[np.ndarray, np.ndarray]:
-    """Raw and undiluted share in every layer and step, each (step, layer), mean over answers of at least median length."""
+def layer_steps(recordings: list[Recording]) -> pd.DataFrame:
+    """Raw and undiluted share in every layer and step, a row each: means over answers of at least median length."""
     median = int(np.median([len(r.tokens) for r in recordings]))
     measured = [measures(r) for r in recordings if len(r.tokens) >= median]
     steps = min(len(m["raw"]) for m in measured)
-    raw, undiluted = (np.mean([m[name][:steps] for m in measured], 0) for name in ("raw", "undiluted"))
-    return raw, undiluted
-
-
-def layer_step_rows(raw: np.ndarray, undiluted: np.ndarray) -> pd.DataFrame:
-    """What `by_layer_and_step` returns as a table, one row for each step and layer."""
-    step, layer = np.indices(raw.shape).reshape(2, -1)
-    return pd.DataFrame({"step": step, "layer": layer, "raw": raw.ravel(), "undiluted": undiluted.ravel()})
+    means = {name: np.mean([m[name][:steps] for m in measured], 0) for name in ("raw", "undiluted")}
+    step, layer = np.indices(means["raw"].shape).reshape(2, -1)
+    return pd.DataFrame({"step": step, "layer": layer} | {name: mean.ravel() for name, mean in means.items()})
 
 
 def token_kind(token: str, scenes: bool) -> str:
@@ -225,7 +218,7 @@ def token_kind(token: str, scenes: bool) -> str:
     return "function" if word in FUNCTION_WORDS or not re.search(r"\w", word) else "content"
 
 
-def by_token_kind(recordings: list[Recording], scenes: bool) -> pd.DataFrame:
+def token_kinds(recordings: list[Recording], scenes: bool) -> pd.DataFrame:
     """Mean measures in the step that generates each kind of token, per depth, with intervals over samples."""
     measured = [measures(r) for r in recordings]
     kinds = [np.array([token_kind(t, scenes) for t in r.tokens[1:]]) for r in recordings]
@@ -274,25 +267,39 @@ def _names(thing: str) -> list[str]:
     return [thing.split()[-1], PLURAL[thing].split()[-1]]
 
 
-def image_and_maps(recorded: Attention, most: int = 5) -> tuple:
-    """An image, and on scenes the attention maps of the tokens that name objects: (picture, grids (row, column), tokens).
+def shown(recordings: list[Recording], density: pd.DataFrame, most: int = 5) -> dict:
+    """The answer to draw: the one of these that names the most objects, where they are known, else the first.
 
-    most: maps, of the layer that attends most densely to the object being named.
+    Its sample and text; and of up to `most` tokens that name objects the maps of their attention, (token, patch), in the layer
+    that attends most densely to what is named: none where `density` has no rows.
     """
-    answer = recorded.shown
-    picture = next(e for e in recorded.examples if e.name == answer.sample).image()
-    if recorded.density.empty:
-        return picture, [], []
+    if density.empty:
+        return {"sample": recordings[0].sample, "text": recordings[0].text, "tokens": [], "maps": []}
+    answer = max(recordings, key=lambda r: len({t for t in r.tokens if token_kind(t, True) == "object"}))
     naming = [i for i, token in enumerate(answer.tokens) if i and token_kind(token, True) == "object"]
     naming = [i for i in naming if answer.tokens[i] not in ("pair", "pairs")][:most]
-    grids = [answer.image[i, recorded.focus_layer].reshape(GRID, GRID) for i in naming]
-    return picture, grids, [answer.tokens[i] for i in naming]
+    maps = [answer.image[i, focus_layer(density)].round(6).tolist() for i in naming]
+    return {"sample": answer.sample, "text": answer.text, "tokens": [answer.tokens[i] for i in naming], "maps": maps}
 
 
-def heads_over_steps(recorded: Attention) -> float:
-    """Standard deviation of the image share between the heads of a layer, over that between the steps of a head; means."""
-    between_steps = np.mean([r.shares[1:, ..., IMAGE].std(0).mean() for r in recorded.main if len(r.tokens) > 2])
-    return recorded.heads.std(1).mean() / between_steps
+def focus_layer(density: pd.DataFrame) -> int:
+    """The layer that attends most densely to the object being named. density: `focus`, with rows."""
+    return int(density[density.patches == "named object"].set_index("layer").value.idxmax())
+
+
+def image_and_maps(recorded: Attention) -> tuple:
+    """The picture to draw with its attention maps: (picture, grids (row, column), tokens)."""
+    picture = next(e for e in recorded.examples if e.name == recorded.shown["sample"]).image()
+    return picture, [np.reshape(of, (GRID, GRID)) for of in recorded.shown["maps"]], recorded.shown["tokens"]
+
+
+def heads_over_steps(recordings: list[Recording], heads: np.ndarray) -> float:
+    """Standard deviation of the image share between the heads of a layer, over that between the steps of a head; means.
+
+    heads: (layer, head), mean share over the steps.
+    """
+    between_steps = np.mean([r.shares[1:, ..., IMAGE].std(0).mean() for r in recordings if len(r.tokens) > 2])
+    return float(heads.std(1).mean() / between_steps)
 
 
 def finding(table: pd.DataFrame, place: str) -> str:
@@ -332,8 +339,8 @@ def _change(row) -> str:
 
 def record(chapter: Chapter, recorded: Attention) -> None:
     """The chapter's headline numbers and sentences."""
-    for name, r_squared in explained_by_step(recorded.main).items():
-        chapter.number(f"clock_{name}", r_squared)
+    for row in recorded.clock.to_dict("records"):
+        chapter.number(f"clock_{row['measure']}", row)
     for row in recorded.trends.itertuples():
         percent = {"value": 100 * row.value, "low": 100 * row.low, "high": 100 * row.high, "n": row.n}
         chapter.number(f"{row.depth}_{row.measure}_change_percent", percent)
@@ -341,21 +348,21 @@ def record(chapter: Chapter, recorded: Attention) -> None:
     last = recorded.curves[at_end].set_index("depth").value
     chapter.number("last_response_percent", 100 * last["shallow"])
     chapter.number("last_response_deep_percent", 100 * last["deep"])
-    chapter.number("heads_over_steps", heads_over_steps(recorded))
-    chapter.number("n_answers", len(recorded.recordings))
+    chapter.number("heads_over_steps", recorded.heads_over_steps)
+    chapter.number("n_answers", len(recorded.answers))
     chapter.number("n_unreadable", len(recorded.examples.unreadable))
     chapter.number("n_missing", len(recorded.examples.missing))
-    chapter.number("mean_answer_tokens", np.mean([len(r.tokens) for r in recorded.main]))
+    chapter.number("mean_answer_tokens", recorded.main.tokens.mean())
+    task, images = recorded.main.task.iloc[0].replace("_", " "), "synthetic scenes" if recorded.scenes else "photographs"
     chapter.text("measured_on", _measured_on(recorded))
-    chapter.text("measured_main", f"{recorded.model}, {len(recorded.main)} answers ({recorded.main[0].task.replace('_', ' ')})")
-    task, images = recorded.main[0].task.replace("_", " "), "synthetic scenes" if recorded.scenes else "photographs"
+    chapter.text("measured_main", f"{recorded.model}, {len(recorded.main)} answers ({task})")
     chapter.text("finding", finding(recorded.trends, f"{recorded.model} on {images} ({task})"))
     if len(recorded.density):
         _record_focus(chapter, recorded)
     else:
         why = "No answer names an object" if recorded.scenes else "Nobody knows which patches of a photograph show what"
         chapter.text("where_finding", f"{why}: there is nothing to measure here.")
-        chapter.text("hero_caption", f"One of the images, and the model's answer: “{recorded.shown.text}”")
+        chapter.text("hero_caption", f"One of the images, and the model's answer: “{recorded.shown['text']}”")
 
 
 def _measured_on(recorded: Attention) -> str:
@@ -363,12 +370,12 @@ def _measured_on(recorded: Attention) -> str:
     examples = recorded.examples
     images = "pocket scenes that it has not seen" if recorded.scenes else f"photographs of `{examples.source}`"
     tasks = ", ".join(dict.fromkeys(e.task for e in examples))
-    return f"{recorded.model}, {len(recorded.recordings)} answers ({tasks}) to {images}{left_out(examples)}, greedy"
+    return f"{recorded.model}, {len(recorded.answers)} answers ({tasks}) to {images}{left_out(examples)}, greedy"
 
 
 def _record_focus(chapter: Chapter, recorded: Attention) -> None:
     """Numbers and sentences on where in a scene attention lies."""
-    layer = recorded.focus_layer
+    layer = focus_layer(recorded.density)
     rows = recorded.density[recorded.density.layer == layer].set_index("patches")
     named, rest = rows.loc["named object"], rows.loc["no object"]
     chapter.number("focus_layer", layer)
@@ -385,7 +392,7 @@ def _record_focus(chapter: Chapter, recorded: Attention) -> None:
     chapter.text(
         "hero_caption",
         f"Attention of layer {layer} of {recorded.model} to the image while it generates the tokens that name objects, in one "
-        f"answer: “{recorded.shown.text}”",
+        f"answer: “{recorded.shown['text']}”",
     )
 
 

@@ -20,7 +20,7 @@ from dyrate.strategies.full import Full
 from dyrate.strategy import Strategy
 from dyrate.training import trajectories
 from study.answers import Condition, answer_all
-from study.book import ROOT, Chapter, recorded
+from study.book import ROOT, Chapter
 from study.controls import Oracle, ShuffledRates, TaskConstant
 from study.examples import examples as study_examples
 from study.examples import has_scenes
@@ -44,15 +44,16 @@ class Dynamics:
     """What the chapter measured, with `scored` rows of all predictors (method "DyRate") and controls on the test prompts.
 
     about: `dyrate.models.describe` of the model. paths: `retention_paths` of the predictors on the validation prompts.
-    controls: made from them. others: scored rows of further predictors and their controls, by the name of their condition.
+    schedules: of them and of the controls made from them. others: scored rows of further predictors and their controls, with
+    the name of their condition.
     """
 
     about: dict
     examples: Examples
     paths: pd.DataFrame
-    controls: dict[str, Strategy]
+    schedules: pd.DataFrame
     scored: pd.DataFrame
-    others: dict[str, pd.DataFrame]
+    others: pd.DataFrame
 
 
 def measure(
@@ -73,8 +74,10 @@ def measure(
         conditions = [*learned, *(Condition(name, strategy, name) for name, strategy in made.items())]
         return paths, made, scored(answer_all(loaded, processor, conditions, test, ROOT / store, seed=seed, **how), test)
 
-    main = under(prefix)
-    return Dynamics(describe(loaded), test, *main, {name: under(start, SCHEDULES)[2] for name, start in others.items()})
+    paths, made, rows = under(prefix)
+    further = [under(start, SCHEDULES)[2].assign(condition=name) for name, start in others.items()]
+    further = pd.concat(further, ignore_index=True) if further else rows[:0].assign(condition="")
+    return Dynamics(describe(loaded), test, paths, schedules(paths, made), rows, further)
 
 
 def seeds(folder: Path, prefix: str) -> list[Condition]:
@@ -225,7 +228,8 @@ def conditions(measured: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 def all_conditions(measured: Dynamics, task: str) -> pd.DataFrame:
     """`conditions` of the main predictors, of the others, and of the main ones on short and long answers to a task."""
-    return conditions({"evict, all": measured.scored, **measured.others, **by_length(measured.scored, task)})
+    others = {name: rows.drop(columns="condition") for name, rows in measured.others.groupby("condition", sort=False)}
+    return conditions({"evict, all": measured.scored, **others, **by_length(measured.scored, task)})
 
 
 def _pooled(table: pd.DataFrame) -> pd.DataFrame:
@@ -327,11 +331,3 @@ def record(chapter: Chapter, measured: Dynamics, table: pd.DataFrame, by_conditi
         chapter.text(f"{key}_helps", helps(everywhere, question))
     chapter.text("retention_by_task", retention_by_task(measured.scored))
     chapter.text("dynamics_finding", finding(table, measured.scored, place))
-
-
-def larger_run(results: str) -> str:
-    """The finding of a larger run whose results lie in a folder ("": none), in words."""
-    texts = recorded(results, "07_dynamics").get("texts")
-    if not texts:
-        return "No larger run is quoted."
-    return f"Quoted from a larger run ({texts['dynamics_measured_on']}; `{results}`): {texts['dynamics_finding']}"

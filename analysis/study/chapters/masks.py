@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from study.intervals import bootstrap, in_words
 from study.pocket.language import PROMPTS
 from study.pocket.scenes import Scene, render
 from study.scores import marked, slot_scores
+
+SHOWN = 3  # answers that are drawn
 
 
 @dataclass
@@ -60,15 +63,24 @@ class Answer:
 class Masks:
     """What the chapter measured.
 
-    model: its name and size, for captions; place: model and images, for the headline; predictor: the name of its folder.
+    model: its name and size, for captions; place: model and images, for the headline; predictor: the name of its folder;
+    n_rates: of its grid. answers: `by_answer` of all. first: the first of them, as `as_json` has them.
     """
 
     model: str
     place: str
     predictor: str
-    strategy: Strategy
+    n_rates: int
+    first_pruned_layer: int
+    residency: str
     examples: Examples
-    answers: list[Answer]
+    answers: pd.DataFrame
+    first: list[dict]
+
+    @cached_property
+    def shown(self) -> list[Answer]:
+        """The first answers, to be drawn."""
+        return [from_json(answer, self.examples) for answer in self.first]
 
 
 def measure(
@@ -89,8 +101,24 @@ def measure(
     for answer, text in zip(answers, unpruned(loaded, processor, examples, **how), strict=True):
         answer.unpruned = text
     about = describe(loaded)
-    name = f"`{model}` ({about['family']}, {about['parameters'] / 1e6:.1f} M parameters)"
-    return Masks(name, model_and_images(model, examples), Path(predictor).name, strategy, examples, answers)
+    return Masks(
+        f"`{model}` ({about['family']}, {about['parameters'] / 1e6:.1f} M parameters)", model_and_images(model, examples),
+        Path(predictor).name, len(strategy.predictor.rates), strategy.first_pruned_layer, strategy.residency, examples,
+        by_answer(answers), [as_json(answer) for answer in answers[:SHOWN]],
+    )  # fmt: skip
+
+
+def as_json(answer: Answer) -> dict:
+    """An answer as JSON holds it, without its picture; of each step the patches as a text of 1 (kept) and 0."""
+    kept = ["".join("1" if patch else "0" for patch in step) for step in answer.kept]
+    return {"name": answer.name, "tokens": answer.tokens, "kept": kept, "text": answer.text, "unpruned": answer.unpruned}
+
+
+def from_json(answer: dict, examples: Examples) -> Answer:
+    """The answer that `as_json` took apart, to one of these examples."""
+    example = next(e for e in examples if e.name == answer["name"])
+    kept = np.array([[patch == "1" for patch in step] for step in answer["kept"]])
+    return Answer(**answer | {"kept": kept}, picture=example.image(), shown=_shown(example), scene=_scored(example))
 
 
 def kept_by_token(
@@ -163,18 +191,19 @@ def _wrong_in_bold(scene: Scene | None, text: str) -> str:
     return text
 
 
-def finding(masks: Masks, table: pd.DataFrame) -> str:
-    """Where retention ends, why, and what pruning costs these answers. table: `by_answer`."""
+def finding(masks: Masks) -> str:
+    """Where retention ends, why, and what pruning costs these answers."""
+    table = masks.answers
     ends = table.kept_last.round(6).value_counts()
     first = in_words(bootstrap(table.kept_first))
     text = (
         f"**With {masks.place} and the predictor `{masks.predictor}`, {ends.iloc[0]} of {len(table)} answers end at the same "
         f"retention, {ends.index[0]:.3f} (distinct last retentions: {len(ends)}); at the first token it is {first}.**"
     )
-    if masks.strategy.residency == "evict" and (predictor := getattr(masks.strategy, "predictor", None)):
+    if masks.residency == "evict":
         text += (
             " Evicted tokens do not return: the highest rate so far decides, and a lower one that follows changes nothing. The "
-            f"{len(predictor.rates)} rates lie {1 / len(predictor.rates):.3f} apart, so that answers can meet in exactly one. "
+            f"{masks.n_rates} rates lie {1 / masks.n_rates:.3f} apart, so that answers can meet in exactly one. "
             f"Retention changes last at token {table.last_change.median() + 1:.0f} of {table.steps.median():.0f} (medians)."
         )
     if "right" in table:
@@ -186,12 +215,12 @@ def finding(masks: Masks, table: pd.DataFrame) -> str:
     return text + " 95 % intervals."
 
 
-def record(chapter: Chapter, masks: Masks, table: pd.DataFrame) -> None:
-    """The chapter's headline numbers and sentences. table: `by_answer`."""
-    means = {key: bootstrap(table[key]) for key in table.columns.drop(["sample", "last_change", "steps"])}
+def record(chapter: Chapter, masks: Masks) -> None:
+    """The chapter's headline numbers and sentences."""
+    means = {key: bootstrap(masks.answers[key]) for key in masks.answers.columns.drop(["sample", "last_change", "steps"])}
     for key, mean in means.items():
         chapter.number(key, mean)
-    chapter.number("first_pruned_layer", masks.strategy.first_pruned_layer)
+    chapter.number("first_pruned_layer", masks.first_pruned_layer)
     on_content = "This needs to know what each patch shows: it is measured on pocket scenes only."
     if has_scenes(masks.examples):
         value = {key: f"{mean['value']:.2f}" for key, mean in means.items()}
@@ -202,7 +231,7 @@ def record(chapter: Chapter, masks: Masks, table: pd.DataFrame) -> None:
             f"{value['shown_last']} at the last; of the others {value['other_first']} and {value['other_last']} (at the first "
             f"token the 95 % intervals {'do not overlap' if apart else 'overlap'}, n = {shown['n']})."
         )
-    chapter.text("masks_finding", finding(masks, table))
+    chapter.text("masks_finding", finding(masks))
     chapter.text("masks_on_content", on_content)
     answers = f"{masks.examples[0].task.replace('_', ' ')} of {len(masks.answers)} unseen images{left_out(masks.examples)}"
     chapter.text("masks_measured_on", f"{masks.model}, {answers}, predictor `{masks.predictor}`, greedy")

@@ -8,7 +8,6 @@ from functools import cached_property
 
 import numpy as np
 import pandas as pd
-from transformers import PreTrainedModel
 
 import dyrate
 from dyrate import diagnostics
@@ -22,30 +21,38 @@ from dyrate.training import Settings, Trained, Trainer, batches_to_learn, calibr
 from study.book import ROOT, Chapter
 from study.examples import examples as study_examples
 from study.examples import left_out, model_and_images
-from study.intervals import bootstrap, in_words
+from study.intervals import bootstrap, in_words, interpolated
 
 SHOWN = 0.33  # the budget whose predictor is shown, or the one next to it
 
 
 @dataclass
 class Predictors:
-    """The trained predictors, and on unseen examples what they do.
+    """What the trained predictors do on unseen examples.
 
-    prepared: the unseen examples, to be teacher-forced. settings: of the predictor shown. trained: by budget. four_rates: as
-    the one shown, with four rates. measured_on: for captions. place: model and images, for the headline. generation: how answers
-    are generated.
+    budget, n_rates: of the predictor shown. measured_on: for captions. place: model and images, for the headline. Tables:
+    history: one row a budget and training step. retention: `met`. answers: every answer under each budget's predictor,
+    teacher-forced: budget, sequence, task, loss (nats a token), retention. rates: the rate at each of its steps. weights: of the
+    predictor shown, `slopes`. constant_answers: `under_constants`. gradient: `predicted_by_gradient` at the rate that the budget
+    shown leaves. signs: of failure, one row each. diagnosis: their warnings in words. four_rates_change: over an answer, of a
+    predictor like the one shown with four rates.
     """
 
-    model: PreTrainedModel
-    processor: object
     unseen: Examples
-    prepared: list[Prepared]
-    settings: Settings
-    trained: dict[float, Trained]
-    four_rates: RatePredictor
+    budget: float
+    n_rates: int
     measured_on: str
     place: str
-    generation: dict
+    diagnosis: str
+    four_rates_change: float
+    history: pd.DataFrame
+    retention: pd.DataFrame
+    answers: pd.DataFrame
+    rates: pd.DataFrame
+    weights: pd.DataFrame
+    constant_answers: pd.DataFrame
+    gradient: pd.DataFrame
+    signs: pd.DataFrame
 
     @property
     def task(self) -> str:
@@ -53,62 +60,14 @@ class Predictors:
         return self.unseen[0].task
 
     @property
-    def shown(self) -> RatePredictor:
-        return self.trained[self.settings.budget].predictor
-
-    @cached_property
-    def history(self) -> pd.DataFrame:
-        """One row a budget and training step."""
-        return pd.concat([pd.DataFrame(t.history).assign(budget=budget) for budget, t in self.trained.items()])
-
-    @cached_property
-    def retention(self) -> pd.DataFrame:
-        """The mean retention of greedy generation for each budget, with 95 % intervals over answers."""
-        rows = []
-        for budget, trained in self.trained.items():
-            paths = trajectories(self.model, self.processor, DyRate.of(trained.predictor), self.unseen, **self.generation)
-            rows.append({"budget": budget} | bootstrap([np.mean(path) for path in paths.values()]))
-        return pd.DataFrame(rows)
+    def shown_rates(self) -> pd.DataFrame:
+        """The rates of the predictor shown: task, sequence, step, rate."""
+        return self.rates[self.rates.budget == self.budget].drop(columns="budget")
 
     @property
     def worst_miss(self) -> float:
         """The largest distance of a measured mean retention from its budget, in percentage points."""
         return 100 * (self.retention.value - self.retention.budget).abs().max()
-
-    @cached_property
-    def teacher_forced(self) -> dict[float, pd.DataFrame]:
-        """Every answer under each budget's predictor: task, loss (nats a token), retention, rates by step."""
-        return {b: pd.DataFrame(teacher_forced(self.model, t.predictor, self.prepared)) for b, t in self.trained.items()}
-
-    @cached_property
-    def answers(self) -> pd.DataFrame:
-        """The same under the predictor shown."""
-        return self.teacher_forced[self.settings.budget]
-
-    @cached_property
-    def rates(self) -> pd.DataFrame:
-        """The rate that the predictor shown chooses at each step of each answer: task, sequence, step, rate."""
-        rows = self.answers[["task", "rates"]].rename_axis("sequence").reset_index().explode("rates")
-        rows["step"] = rows.groupby("sequence").cumcount()
-        return rows.rename(columns={"rates": "rate"}).astype({"rate": float})[["task", "sequence", "step", "rate"]]
-
-    @cached_property
-    def weights(self) -> pd.DataFrame:
-        """How a deviation more attention of a head to a segment moves the choice of rate, one row a head."""
-        centred = self.shown.rates - self.shown.rates.mean()
-        slope = (centred @ self.shown.linear.weight.detach()).cpu()[: len(SEGMENTS) * self.shown.heads]
-        by_head = pd.DataFrame(slope.reshape(self.shown.heads, len(SEGMENTS)).numpy(), columns=list(SEGMENTS))
-        return by_head.rename_axis("head").reset_index()
-
-    @cached_property
-    def constant_answers(self) -> pd.DataFrame:
-        """Every answer under constant rates spread over the grid: rate, sequence, loss, retention."""
-        n_rates = self.settings.n_rates
-        rows = []
-        for rate in np.linspace(0, 1 - 1 / n_rates, min(n_rates, 12)):
-            answers = pd.DataFrame(teacher_forced(self.model, self.shown, self.prepared, rate=float(rate)))
-            rows.append(answers[["loss", "retention"]].rename_axis("sequence").reset_index().assign(rate=rate))
-        return pd.concat(rows)
 
     @cached_property
     def constant(self) -> pd.DataFrame:
@@ -118,45 +77,27 @@ class Predictors:
     @cached_property
     def learned(self) -> pd.DataFrame:
         """The same of each budget's predictor."""
-        return pd.DataFrame([{"budget": budget} | _mean_loss(rows) for budget, rows in self.teacher_forced.items()])
+        return pd.DataFrame([{"budget": budget} | _mean_loss(rows) for budget, rows in self.answers.groupby("budget")])
 
     @cached_property
     def minus_constant(self) -> pd.DataFrame:
         """Loss of each budget's predictor minus that of a constant rate, interpolated at the same retention; over answers."""
-        wide = self.constant_answers.pivot(index="rate", columns="sequence", values="loss")
-        retention = self.constant_answers.groupby("rate").retention.mean().sort_values()
-        losses, rows = wide.loc[retention.index].to_numpy(), []
-        for budget, answers in self.teacher_forced.items():
-            same = [np.interp(answers.retention.mean(), retention, losses[:, i]) for i in range(losses.shape[1])]
-            rows.append({"budget": budget, "retention": answers.retention.mean()} | bootstrap(answers.loss - same))
+        retention = self.constant_answers.groupby("rate").retention.mean()
+        losses, rows = self.constant_answers.pivot(index="sequence", columns="rate", values="loss"), []
+        for budget, answers in self.answers.groupby("budget"):
+            same = interpolated(retention, losses, answers.retention.mean())
+            difference = answers.set_index("sequence").loss - same
+            rows.append({"budget": budget, "retention": answers.retention.mean()} | bootstrap(difference))
         return pd.DataFrame(rows)
 
     @cached_property
     def rate_change(self) -> pd.DataFrame:
         """Change of the rate from the first third of an answer to the first task to its last, for each budget."""
         rows = []
-        for budget, answers in self.teacher_forced.items():
-            changes = rate_changes(answers[answers.task == self.task].to_dict("records"))
-            rows.append({"budget": budget} | bootstrap(changes))
+        for budget, rates in self.rates[self.rates.task == self.task].groupby("budget"):
+            courses = [{"rates": of.to_list()} for _, of in rates.groupby("sequence", sort=False).rate]
+            rows.append({"budget": budget} | bootstrap(rate_changes(courses)))
         return pd.DataFrame(rows)
-
-    @cached_property
-    def gradient(self) -> pd.DataFrame:
-        """`predicted_by_gradient` at the rate that the budget shown leaves, for tasks with long answers."""
-        tasks = {self.task, "caption"}
-        batches = [b for b in self.prepared if tasks & set(b.tasks)]
-        rows = predicted_by_gradient(
-            self.model, self.shown, batches, 1 - self.settings.budget, checkpointing=self.settings.checkpointing
-        )
-        return pd.DataFrame([row for row in rows if row["task"] in tasks])
-
-    @cached_property
-    def signs(self) -> pd.DataFrame:
-        """Signs of failure of each budget's predictor, one row each."""
-        rows = [{"budget": budget, "warns": sign.warns} | asdict(sign) for budget, t in self.trained.items() for sign in t.signs]
-        return pd.DataFrame(rows).rename(columns={"name": "sign"})[
-            ["budget", "sign", "measured", "unit", "limit", "above", "warns"]
-        ]
 
 
 def measure(
@@ -189,8 +130,67 @@ def measure(
         f"{len(unseen)} unseen to test{left_out(unseen)}, residency {residency}, seed {seed}"
     )
     generation = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    place = model_and_images(model, unseen)
-    return Predictors(loaded, processor, unseen, test, shown, trained, four_rates, measured_on, place, generation)
+    answers, rates = _forced(loaded, {b: t.predictor for b, t in trained.items()}, test)
+    predictor = trained[shown.budget].predictor
+    return Predictors(
+        unseen=unseen, budget=shown.budget, n_rates=n_rates, measured_on=measured_on, place=model_and_images(model, unseen),
+        diagnosis=diagnostics.warnings_by_sign({b: t.signs for b, t in trained.items()}),
+        four_rates_change=float(np.mean(rate_changes(teacher_forced(loaded, four_rates, test)))),
+        history=pd.concat([pd.DataFrame(t.history).assign(budget=b) for b, t in trained.items()], ignore_index=True),
+        retention=met(loaded, processor, {b: t.predictor for b, t in trained.items()}, unseen, generation),
+        answers=answers, rates=rates, weights=slopes(predictor), constant_answers=under_constants(loaded, predictor, test),
+        gradient=_gradient(loaded, predictor, test, shown, {unseen[0].task, "caption"}), signs=_signs(trained),
+    )  # fmt: skip
+
+
+def met(model, processor, predictors: dict[float, RatePredictor], examples: Examples, generation: dict) -> pd.DataFrame:
+    """The mean retention of greedy generation under each budget's predictor, with 95 % intervals over answers."""
+    rows = []
+    for budget, predictor in predictors.items():
+        paths = trajectories(model, processor, DyRate.of(predictor), examples, **generation)
+        rows.append({"budget": budget} | bootstrap([np.mean(path) for path in paths.values()]))
+    return pd.DataFrame(rows)
+
+
+def _forced(model, predictors: dict[float, RatePredictor], prepared: list[Prepared]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Every answer under each budget's predictor, and the rate at each of its steps."""
+    answers, rates = [], []
+    for budget, predictor in predictors.items():
+        for i, row in enumerate(teacher_forced(model, predictor, prepared)):
+            about = {"budget": budget, "sequence": i, "task": row["task"]}
+            answers.append(about | {"loss": row["loss"], "retention": row["retention"]})
+            rates += [about | {"step": step, "rate": float(rate)} for step, rate in enumerate(row["rates"])]
+    return pd.DataFrame(answers), pd.DataFrame(rates)
+
+
+def slopes(predictor: RatePredictor) -> pd.DataFrame:
+    """How a deviation more attention of a head to a segment moves the choice of rate, one row a head."""
+    centred = predictor.rates - predictor.rates.mean()
+    slope = (centred @ predictor.linear.weight.detach()).cpu()[: len(SEGMENTS) * predictor.heads]
+    by_head = pd.DataFrame(slope.reshape(predictor.heads, len(SEGMENTS)).numpy(), columns=list(SEGMENTS))
+    return by_head.rename_axis("head").reset_index()
+
+
+def under_constants(model, predictor: RatePredictor, prepared: list[Prepared]) -> pd.DataFrame:
+    """Every answer under constant rates spread over the predictor's grid: rate, sequence, loss, retention."""
+    n_rates, rows = len(predictor.rates), []
+    for rate in np.linspace(0, 1 - 1 / n_rates, min(n_rates, 12)):
+        answers = pd.DataFrame(teacher_forced(model, predictor, prepared, rate=float(rate)))
+        rows.append(answers[["loss", "retention"]].rename_axis("sequence").reset_index().assign(rate=rate))
+    return pd.concat(rows, ignore_index=True)
+
+
+def _gradient(model, predictor: RatePredictor, prepared: list[Prepared], settings: Settings, tasks: set[str]) -> pd.DataFrame:
+    """`predicted_by_gradient` for tasks with long answers."""
+    batches = [b for b in prepared if tasks & set(b.tasks)]
+    rows = predicted_by_gradient(model, predictor, batches, 1 - settings.budget, checkpointing=settings.checkpointing)
+    return pd.DataFrame([row for row in rows if row["task"] in tasks])
+
+
+def _signs(trained: dict[float, Trained]) -> pd.DataFrame:
+    """Signs of failure of each budget's predictor, one row each."""
+    rows = [{"budget": budget, "warns": sign.warns} | asdict(sign) for budget, t in trained.items() for sign in t.signs]
+    return pd.DataFrame(rows).rename(columns={"name": "sign"})[["budget", "sign", "measured", "unit", "limit", "above", "warns"]]
 
 
 def train_all(
@@ -216,15 +216,14 @@ def _mean_loss(answers: pd.DataFrame) -> dict:
 
 def record(chapter: Chapter, measured: Predictors) -> None:
     """The chapter's headline numbers and sentences."""
-    budget = measured.settings.budget
+    budget = measured.budget
     change, versus = (table.set_index("budget").loc[budget] for table in (measured.rate_change, measured.minus_constant))
-    four = rate_changes(teacher_forced(measured.model, measured.four_rates, measured.prepared))
     signs = measured.signs[measured.signs.budget == budget].set_index("sign").measured
-    chapter.number("four_rates_change", np.mean(four))
+    chapter.number("four_rates_change", measured.four_rates_change)
     chapter.number("rate_change", change)
-    chapter.number("rate_deviation", measured.rates.rate.std())
-    chapter.number("grid_step", 1 / measured.settings.n_rates)
-    chapter.number("n_rates", measured.settings.n_rates)
+    chapter.number("rate_deviation", measured.shown_rates.rate.std())
+    chapter.number("grid_step", 1 / measured.n_rates)
+    chapter.number("n_rates", measured.n_rates)
     chapter.number("shown_budget", budget)
     chapter.number("worst_miss_points", measured.worst_miss)
     chapter.number("loss_minus_constant", versus)
@@ -233,7 +232,7 @@ def record(chapter: Chapter, measured: Predictors) -> None:
     chapter.number("information_step", signs["information on the step"])
     chapter.text("shown_task", measured.task.replace("_", " "))
     record_gradient(chapter, measured)
-    chapter.text("diagnosis", diagnostics.warnings_by_sign({b: trained.signs for b, trained in measured.trained.items()}))
+    chapter.text("diagnosis", measured.diagnosis)
     chapter.text("predictor_finding", finding(measured))
     chapter.text("predictor_measured_on", measured.measured_on)
 
@@ -255,7 +254,7 @@ def finding(measured: Predictors) -> str:
 
 def record_gradient(chapter: Chapter, measured: Predictors) -> None:
     """By how much the loss changes towards the ends of the grid, as measured and as the gradient predicts."""
-    start = 1 - measured.settings.budget
+    start = 1 - measured.budget
     mean = measured.gradient[measured.gradient.task == measured.task].groupby("rate")[["loss", "predicted"]].mean()
     changes = mean - mean.loss.iloc[np.abs(mean.index - start).argmin()]
     ends = {"dropping": changes.iloc[-1], "keeping": changes.iloc[0]}

@@ -92,12 +92,12 @@ def course_by_task(course: pd.DataFrame) -> Figure:
     return figure
 
 
-def layer_step_heat(shares: np.ndarray, undiluted: np.ndarray) -> Figure:
+def layer_step_heat(rows: pd.DataFrame) -> Figure:
     """Image share in every layer and step: of all attention, and of the attention not on the response."""
     figure, axes = axes_of(8.6, 3.0, 2, sharey=True)
-    for axis, values, title in zip(axes, (shares, undiluted), ("raw", "undiluted"), strict=True):
-        table = pd.DataFrame(values.T)
-        every = max(1, len(values) // 8)
+    every = max(1, rows.step.nunique() // 8)
+    for axis, title in zip(axes, ("raw", "undiluted"), strict=True):
+        table = rows.pivot(index="layer", columns="step", values=title)
         seaborn.heatmap(
             table, ax=axis, vmin=0, vmax=1, cmap="viridis", xticklabels=every, cbar=title == "undiluted",
             cbar_kws={"label": "image share"},
@@ -108,8 +108,8 @@ def layer_step_heat(shares: np.ndarray, undiluted: np.ndarray) -> Figure:
     return figure
 
 
-def head_heat(shares: np.ndarray) -> Figure:
-    """Mean image share of each head in each layer, (layer, head)."""
+def head_heat(shares: pd.DataFrame) -> Figure:
+    """Mean image share of each head (a column) in each layer (a row)."""
     width = min(9.0, 2.6 + 0.28 * shares.shape[1])
     figure, axis = axes_of(width, min(8.0, 1.6 + 0.24 * shares.shape[0]))
     label = {"label": "image share (mean over steps)"}
