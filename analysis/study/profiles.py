@@ -87,12 +87,33 @@ def defaults(notebook: Path) -> dict:
     return {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(cell.source).body}
 
 
+def drawn(profile: str, plan: Plan) -> Plan:
+    """The plan in which chapters that measure draw instead what the profile's last run measured; the others stay as they are.
+
+    Raises FileNotFoundError where there is nothing to draw from.
+    """
+    found: Plan = []
+    for notebook, values in plan:
+        if "draw" in defaults(notebook):
+            values = {"results": f"data/results/{profile}"} | values | {"draw": True}
+            if not rows_of(notebook, values["results"]).exists():
+                how = f"measure them with `python analysis/run.py --profile {profile} --only {notebook.name[:2]}`"
+                raise FileNotFoundError(f"{notebook.stem} has no rows in {values['results']} to draw from: {how}")
+        found.append((notebook, values))
+    return found
+
+
+def rows_of(notebook: Path, results: str) -> Path:
+    """The folder of what a chapter measured, from which its page is drawn (`study.book.Chapter.measured`)."""
+    return ROOT / results / "rows" / notebook.stem
+
+
 def planned(plan: Plan) -> dict[str, list[str]]:
     """The predictors that chapter 2 will have trained when later chapters want them: folder -> names."""
     found = {}
     for notebook, values in plan:
-        if notebook.stem.startswith("02"):
-            v = {**defaults(notebook), **values}
+        v = {**defaults(notebook), **values}
+        if notebook.stem.startswith("02") and not v.get("draw"):
             found[v["predictors"]] = [f"{v['residency']}-{budget:g}" for budget in v["budgets"]]
     return found
 
@@ -100,6 +121,8 @@ def planned(plan: Plan) -> dict[str, list[str]]:
 def wanted_predictors(notebook: Path, values: dict) -> list[Path]:
     """Folders of trained predictors that a chapter reads: paths whose last part may be a pattern."""
     v = {**defaults(notebook), **values}
+    if v.get("draw"):
+        return []
     paths = [line["predictor"] for line in v.get("ablations", []) if "predictor" in line]
     paths += [v["predictor"]] if "predictor" in v else []
     patterns = [f"{start}*" for start in (v["prefix"], *v["others"].values())] if "prefix" in v else []

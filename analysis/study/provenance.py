@@ -16,8 +16,9 @@ import torch
 from dyrate.models import origin
 from study.examples import SCENES
 from study.hub_sets import SETS
-from study.profiles import ROOT, defaults, predictors_of
+from study.profiles import ROOT, defaults, predictors_of, rows_of
 
+PROVENANCE = "provenance.json"  # beside the rows of a chapter: of the run that measured them
 PACKAGES = ("torch", "transformers", "numpy", "pandas", "matplotlib", "pillow", "papermill", "pycocoevalcap")
 
 
@@ -36,6 +37,8 @@ def inputs(notebook: Path, values: dict) -> dict[str, list[Path]]:
     v = {**defaults(notebook), **values}
     found = {"notebook": [notebook], "code": [*files(ROOT / "dyrate"), *files(ROOT / "analysis" / "study")]}
     found["reported tables"] = files(ROOT / "data" / "reported")
+    if v.get("draw"):
+        return found | {"rows": [path for path in files(rows_of(notebook, v["results"])) if path.name != PROVENANCE]}
     if "model" in v and isinstance(folder := origin(v["model"])["pretrained_model_name_or_path"], Path):
         found["model"] = [path for path in files(folder) if path.parent == folder]
     if v.get("source", "pocket") not in (*SCENES, *SETS):
@@ -43,17 +46,19 @@ def inputs(notebook: Path, values: dict) -> dict[str, list[Path]]:
     found["predictors"] = [path for folder in predictors_of(notebook, values) for path in files(folder)]
     if v.get("lmms_results"):
         found["lmms_results"] = files(ROOT / v["lmms_results"])
+    if v.get("laboratories"):
+        found["reference rows"] = [path for each in v["laboratories"] for path in files(ROOT / v["reference"] / each)]
     if v.get("bench"):
         found["bench"] = [*files(ROOT / v["bench"]), *sorted((ROOT / "data" / "results").glob("*/bench.json"))]
-    if v.get("larger"):
-        found["larger"] = files(ROOT / v["larger"] / f"{notebook.stem}.json")
     return found
 
 
 def trained_here(notebook: Path, values: dict) -> dict[str, str]:
     """The hash of predictors that a chapter trains once and then reads."""
-    folder = {**defaults(notebook), **values}.get("trained")
-    return {"trained": digest(files(ROOT / folder) if (ROOT / folder).exists() else [])} if folder else {}
+    v = {**defaults(notebook), **values}
+    if not (folder := v.get("trained")) or v.get("draw"):
+        return {}
+    return {"trained": digest(files(ROOT / folder) if (ROOT / folder).exists() else [])}
 
 
 def files(path: Path) -> list[Path]:
@@ -89,6 +94,6 @@ def provenance(profile: str, values: dict, state: dict[str, str], seconds: float
     }  # fmt: skip
 
 
-def recorded(headline: Path) -> dict:
-    """The provenance of a result; empty where there is no finished one."""
-    return json.loads(headline.read_text()).get("provenance", {}) if headline.exists() else {}
+def recorded(headline: Path, what: str = "provenance") -> dict:
+    """The provenance of a result, or what it was "drawn" from; empty where there is no finished one."""
+    return json.loads(headline.read_text()).get(what, {}) if headline.exists() else {}

@@ -33,8 +33,8 @@ from dyrate.models import read_config
 from study import planning
 from study.bench.machine import name_of_device, probe
 from study.examples import examples
-from study.profiles import ROOT, Plan, defaults, planned, predictors_of, read_plan, reads
-from study.provenance import fingerprint, provenance, recorded, trained_here
+from study.profiles import ROOT, Plan, defaults, drawn, planned, predictors_of, read_plan, reads
+from study.provenance import PROVENANCE, fingerprint, provenance, recorded, trained_here
 
 BAD_INPUT = (ValueError, FileNotFoundError, ImportError)
 LONG = 20 * 60  # seconds of work that are asked for first
@@ -46,13 +46,17 @@ def main(argv: list[str] | None = None, description: str | None = None) -> int:
     parser.add_argument("--profile", default="pocket", help="a name in analysis/params, or a YAML file")
     parser.add_argument("--only", nargs="+", default=[], help="numbers of chapters, such as 01")
     parser.add_argument("--force", action="store_true", help="run also what is up to date")
+    parser.add_argument("--draw", action="store_true", help="measure nothing: draw from the rows of the profile's last run")
     parser.add_argument("--check", action="store_true", help="measure anew elsewhere and compare with the committed results")
     parser.add_argument("--reference", type=Path, help="results to compare with (default: the profile's in data/results)")
     parser.add_argument("--jobs", type=int, metavar="N", help="chapters at a time (default: one; of pocket on a CPU two)")
     parser.add_argument("--yes", action="store_true", help="begin long work without asking")
     given = parser.parse_args(argv)
+    if given.draw and given.check:
+        parser.error("--check measures, --draw does not: give one of them")
     try:
         name, plan = read_plan(given.profile, given.only)
+        plan = drawn(name, plan) if given.draw else plan
         reference = (given.reference or ROOT / "data" / "results" / name).resolve()
         os.chdir(ROOT)  # what parameters name is relative to the repository
         check_kernel()
@@ -148,7 +152,7 @@ def before(plan: Plan) -> dict[str, float]:
     Raises what is wrong: a checkpoint, data, predictors or a package that is missing, no GPU, or too little memory.
     """
     predictors = {notebook: predictors_of(notebook, values, planned(plan)) for notebook, values in plan}
-    plan = [(n, v) for n, v in plan if v.get("model", "pocket") != "pocket"]
+    plan = [(n, v) for n, v in plan if v.get("model", "pocket") != "pocket" and not v.get("draw")]
     if not plan:
         return {}
     machine = probe()
@@ -204,13 +208,14 @@ def changes(notebook: Path, profile: str, values: dict) -> list[str]:
     """Which conditions differ from those under which the chapter was last measured."""
     executed, headline = where(notebook, profile, values)
     state = fingerprint(notebook, values)
-    known = recorded(headline).get("inputs", {}) if executed.exists() else {}
+    known = recorded(headline, "drawn" if values.get("draw") else "provenance") if executed.exists() else {}
+    known = known.get("inputs", {})
     return [name for name, value in state.items() if value != known.get(name)]
 
 
 def recorded_seconds(notebook: Path, values: dict, profile: str) -> float:
-    """How long a chapter took when it was last run; of a profile that never ran, with profile pocket."""
-    reference = ROOT / "data" / "results" / "pocket" / f"{notebook.stem}.json"
+    """How long a chapter took when it was last run; of a profile that never ran, in the reference run."""
+    reference = ROOT / "data" / "results" / "pocket-full" / f"{notebook.stem}.json"
     return (recorded(where(notebook, profile, values)[1]) or recorded(reference)).get("seconds", 0.0)
 
 
@@ -294,10 +299,15 @@ def finish(chapter: Running, jobs: int, expected: float | None = None) -> bool:
     if chapter.process.exitcode == 0 and recorded(headline):  # what the last run left
         print(f"error: {notebook.name} does not close its chapter", file=sys.stderr)
     elif chapter.process.exitcode == 0:
-        content = json.loads(headline.read_text())
-        state = chapter.state | trained_here(notebook, chapter.values)
-        content["provenance"] = provenance(chapter.profile, chapter.values, state, seconds, jobs)
+        content, beside = json.loads(headline.read_text()), headline.parent / "rows" / notebook.stem / PROVENANCE
+        if chapter.values.get("draw"):
+            content |= {"provenance": json.loads(beside.read_text()), "drawn": {"inputs": chapter.state}}
+        else:
+            state = chapter.state | trained_here(notebook, chapter.values)
+            content["provenance"] = provenance(chapter.profile, chapter.values, state, seconds, jobs)
         write_whole(headline, json.dumps(content, indent=1) + "\n")
+        if beside.parent.exists() and not chapter.values.get("draw"):
+            write_whole(beside, json.dumps(content["provenance"], indent=1) + "\n")
         part.replace(executed)
         estimate = f", {expected:.0f} s were estimated" if expected is not None else ""
         print(f"{notebook.stem}: done in {seconds:.1f} s{estimate}", flush=True)

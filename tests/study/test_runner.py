@@ -21,7 +21,12 @@ from study import profiles, provenance, runner
 from study.provenance import fingerprint
 
 CHAPTERS = {  # parameters, and what is done before the numbers are written
-    "01_sleeps": ("seconds = 1.0\nfails = False", "time.sleep(seconds)\nif fails:\n    raise OverflowError('on purpose')"),
+    "01_sleeps": (
+        "seconds = 1.0\nfails = False\ndraw = False",
+        "time.sleep(seconds)\nif fails:\n    raise OverflowError('on purpose')\n"
+        "rows = Path(results, 'rows', name, 'about.json')\nif not draw:\n    rows.parent.mkdir(parents=True, exist_ok=True)\n"
+        "    rows.write_text('5')\nvalue = int(rows.read_text())",
+    ),
     "02_trains": (
         'residency = "evict"\nbudgets = [0.33]\npredictors = "build/predictors"\nfails = False\nseconds = 1.0',
         "time.sleep(seconds)\nassert not fails\nfolder = Path(predictors) / 'evict-0.33'\n"
@@ -252,7 +257,7 @@ def named(study, name, text):
     ('source = "photographs"', "source", "photographs/below/1.jpg"),
     ('lmms_results = "lmms"', "lmms_results", "lmms/2026/results.json"),
     ('bench = "data/bench.json"', "bench", "data/bench.json"),
-    ('larger = "data/results/larger"', "larger", "data/results/larger/04_sleeps.json"),
+    ('reference = "data/results"\nlaboratories = ["plain"]', "reference rows", "data/results/plain/methods.csv.gz"),
     ('predictor = "trained/evict-0.33"', "predictors", "trained/evict-0.33/model.safetensors"),
     ('predictors = "trained"\nprefix = "evict-0.33"\nothers = {}', "predictors", "trained/evict-0.33-seed1/model.safetensors"),
     ('ablations = [{"predictor": "trained/evict-0.5"}]', "predictors", "trained/evict-0.5/config.json"),
@@ -299,6 +304,27 @@ def test_checking_measures_anew(study, capfd):
     assert "DIFFERS 03_reads found: 7, reference 8 [8, 8]" in capfd.readouterr().out
     assert runner.main(["--profile", "tiny", "--check", "--only", "03", "--reference", str(study)]) == 2
     assert "no reference 03_reads.json" in capfd.readouterr().err
+
+
+def test_drawing_measures_nothing_and_keeps_where_the_rows_come_from(study, capfd):
+    assert runner.main(["--profile", "tiny", "--only", "01", "--draw"]) == 2
+    err = capfd.readouterr().err
+    assert "01_sleeps has no rows in data/results/tiny to draw from: measure them with `python analysis/run.py" in err
+    assert runner.main(["--profile", "tiny", "--only", "01"]) == 0
+    measured = found(study, "01_sleeps")
+    rows = study / "data" / "results" / "tiny" / "rows" / "01_sleeps" / "about.json"
+    rows.write_text("6")
+    assert runner.main(["--profile", "tiny", "--only", "01", "--draw"]) == 0
+    drawn = found(study, "01_sleeps")
+    assert drawn["numbers"]["found"]["value"] == 6 and drawn["provenance"] == measured["provenance"]
+    capfd.readouterr()
+    assert runner.main(["--profile", "tiny", "--only", "01", "--draw"]) == 0
+    assert capfd.readouterr().out == "01_sleeps: up to date\n"
+    rows.write_text("7")
+    assert runner.main(["--profile", "tiny", "--only", "01", "--draw"]) == 0
+    assert "01_sleeps: changed since it was measured: rows" in capfd.readouterr().out
+    with pytest.raises(SystemExit):
+        runner.main(["--profile", "tiny", "--draw", "--check"])
 
 
 def test_the_programs_are_thin():
