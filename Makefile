@@ -1,4 +1,5 @@
-# make book      measure with the profile and build the book into book/_build/html
+# make book      measure with the profile, draw the pages from the reference run where the profile has one, and build the book
+#                into book/_build/html: its pages say how what was measured here compares with the reference
 # make test      run the tests
 # make bench     time strategies against the limit; make predictors: train DyRate's predictors for the pocket LLaVA
 # make recipes   train a laboratory's predictors of another recipe, and measure chapter 13's rows: LAB=pocket-plain, ANSWERS=384 a
@@ -6,8 +7,10 @@
 # make smol      fetch SmolLM2-135M and put the laboratory `smol` together in build/smol
 # make pocket    train the pocket LLaVA anew (GPU: minutes, two cores: hours; resumes where it stopped); so make twins (the
 #                control without dropping, and its twin) and make smol-training
-# The default Python makes a virtual environment in .venv; PROFILE names a parameter file in analysis/params.
+# The default Python makes a virtual environment in .venv; PROFILE names a parameter file in analysis/params, and REFERENCE the
+# one whose committed rows the pages are drawn from (none: pages show the run of PROFILE itself).
 PROFILE ?= pocket
+REFERENCE ?= $(if $(filter pocket,$(PROFILE)),pocket-full)
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python
@@ -17,7 +20,7 @@ ROWS := data/results/$(LAB)
 LEARN := --model $(LAB) --source laboratories --tasks caption description look_late backwards qa_reading qa_long_word \
   qa_two_step qa_place --batch 16 --batch-size 128 --budget 0.25 --dtype float32
 
-.PHONY: book study html test check-results bench predictors recipes variants quality pocket twins smol smol-training clean
+.PHONY: book study drawn html test check-results bench predictors recipes variants quality pocket twins smol smol-training clean
 .DELETE_ON_ERROR:
 
 book: study html
@@ -33,8 +36,11 @@ book: study html
 study: .venv/installed
 	$(RUN) analysis/run.py --profile $(PROFILE)
 
-html: .venv/installed
-	$(RUN) book/build.py --profile $(PROFILE)
+drawn: .venv/installed
+	$(if $(REFERENCE),$(RUN) analysis/run.py --profile $(REFERENCE) --draw)
+
+html: drawn
+	$(RUN) book/build.py $(if $(REFERENCE),--profile $(REFERENCE) --remeasured $(PROFILE),--profile $(PROFILE))
 
 test: .venv/installed
 	$(RUN) -m ruff check .

@@ -24,6 +24,7 @@ import model_matrix
 import nbformat
 import pdf
 import phones
+import remeasured
 import scorecard
 import yaml
 from how_made import how_made, not_run, title
@@ -37,6 +38,7 @@ PDF = "dyrate-study.pdf"
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--profile", default="pocket", help="whose executed notebooks to show")
+    parser.add_argument("--remeasured", metavar="PROFILE", help="whose run on this machine to compare with what is shown")
     parser.add_argument("--repository", default=os.environ.get("GITHUB_REPOSITORY"), help="owner/name on GitHub, for links")
     parser.add_argument("--site", default=os.environ.get("SITE_URL"), help="address at which the book will be published")
     parser.add_argument("--out", type=Path, default=BOOK / "_build")
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     if failed := sorted(executed.glob("*.failed.ipynb")):
         print(f"error: {failed[0].relative_to(ROOT)} failed; repair it and run it again before building the book")
         return 2
-    toc = write_pages(pages, given.repository)
+    toc = write_pages(pages, given.repository, remeasured.measured_here(given.remeasured))
     shutil.rmtree(given.out, ignore_errors=True)
     if done := render_all(given.out, toc, given.profile, given.site):
         return done
@@ -93,8 +95,11 @@ def take_away(printed: Path) -> str:
     return f":::{{div}} launch\n{' · '.join([*whole, '{ref}`How to cite <cite>`', '{ref}`Glossary <glossary>`'])}\n:::\n"
 
 
-def write_pages(executed: list[Path], repository: str | None) -> Path:
-    """Write executed notebooks, and the pages that follow from their results, into the book; return its table of contents."""
+def write_pages(executed: list[Path], repository: str | None, here: dict[str, dict]) -> Path:
+    """Write executed notebooks, and the pages that follow from their results, into the book; return its table of contents.
+
+    here: what chapters found that were measured again on this machine, by stem.
+    """
     for generated in (BOOK / "analysis", BOOK / "_assets" / phones.FOLDER):
         shutil.rmtree(generated, ignore_errors=True)
     (BOOK / "analysis").mkdir()
@@ -106,16 +111,19 @@ def write_pages(executed: list[Path], repository: str | None) -> Path:
         results = ROOT / parameter(notebook, "results")
         heading = title(notebook)
         phones.save_pictures(notebook, BOOK / "_assets")
-        nbformat.write(links.with_links(notebook, page.name, repository, results), BOOK / "analysis" / page.name)
-        made.append((page.stem, heading, json.loads((results / f"{page.stem}.json").read_text())))
+        content = json.loads((results / f"{page.stem}.json").read_text())
+        linked = links.with_links(notebook, page.name, repository, results)
+        linked.cells.insert(2, nbformat.v4.new_markdown_cell(remeasured.badge(page.stem, content, here.get(page.stem))))
+        nbformat.write(linked, BOOK / "analysis" / page.name)
+        made.append((page.stem, heading, content))
         for picture in results.glob("*_words.png"):
             shutil.copy(picture, BOOK / "_assets" / "hero.png")
             card.write_card(picture, *headings(), BOOK / "_assets" / "card.png")
     if (narrow := BOOK / "_assets" / phones.FOLDER / "fig-tokens-on-image.png").exists():
         shutil.copy(narrow, narrow.with_name("fig-hero.png"))  # the same figure
-    (BOOK / "made.md").write_text(how_made(made) + not_run({page.stem for page in executed}))
+    (BOOK / "made.md").write_text(how_made(made, remeasured.section(made, here)) + not_run({page.stem for page in executed}))
     (BOOK / "_found.md").write_text(findings(made))
-    (BOOK / "_scorecard.md").write_text(scorecard.page(made, results))
+    (BOOK / "_scorecard.md").write_text(scorecard.page(made))
     beside = "".join(f"\n{content['texts']['front_page']}\n" for _, _, content in made if "front_page" in content["texts"])
     (BOOK / "_finding.md").write_text(f":::{{div}} finding\n{finding_of(made[0][2])}\n:::\n{beside}")
     (BOOK / "_hero.md").write_text(hero(made))

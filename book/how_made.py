@@ -29,12 +29,13 @@ def not_run(stems: set[str]) -> str:
     return "\n".join(lines)
 
 
-def how_made(made: list) -> str:
-    """The page that says where every number comes from."""
+def how_made(made: list, remeasured: str) -> str:
+    """The page that says where every number comes from. remeasured: its section on what was measured again."""
     lines = [
         "(how-made)=", "# How this was made", "",
         "Each chapter is a notebook that papermill executed with the parameters below; the book executes nothing. Headline "
-        "numbers are in `data/results/`, with 95 % bootstrap intervals, and `make check-results` measures them again.", "",
+        "numbers are in `data/results/`, with 95 % bootstrap intervals. Chapters that measure draw what their reference run "
+        "measured from its rows, which are there too.", "", remeasured,
     ]  # fmt: skip
     lines += protocol_section(made)
     for name, heading, content in made:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import yaml
 
 from study.profiles import ROOT
@@ -13,17 +10,14 @@ CLAIMS = ROOT / "data" / "reported" / "scorecard.yaml"
 VERDICTS = ("reproduced", "contradicted", "no significant difference", "not testable here", "not measured in this profile")
 
 
-def page(made: list, results: Path) -> str:
-    """The table in MyST. made: (stem, heading, content) of each chapter; results: the profile's folder of results.
-
-    Where the profile has a run with larger samples beside it (`<profile>-full`), its number counts.
-    """
+def page(made: list) -> str:
+    """The table in MyST. made: (stem, heading, content) of each chapter."""
     headings = {stem: heading for stem, heading, _ in made}
     contents = {stem: content["numbers"] for stem, _, content in made}
     rows = ["| in the paper | claim | verdict | measured here |", "|---|---|---|---|"]
     counts = dict.fromkeys(VERDICTS, 0)
     for claim in yaml.safe_load(CLAIMS.read_text()):
-        number = _number(claim, contents, results)
+        number = None if "untestable" in claim else contents.get(claim["chapter"], {}).get(claim["number"])
         verdict = verdict_of(claim, number)
         counts[verdict] += 1
         styled = f"[{verdict}]{{.verdict-{verdict.split()[0]}}}"
@@ -31,18 +25,6 @@ def page(made: list, results: Path) -> str:
     said = ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n)
     start = f"Of {sum(counts.values())} claims: {said}. Intervals are 95 %; the model is the chapter's unless one is named.\n\n"
     return start + "\n".join(rows) + "\n"
-
-
-def _number(claim: dict, contents: dict, results: Path) -> dict | None:
-    """The number that tests a claim: of this run, or of the larger run beside it if that has more samples."""
-    if "untestable" in claim:
-        return None
-    larger = results.with_name(f"{results.name}-full") / f"{claim['chapter']}.json"
-    found = [contents.get(claim["chapter"], {})]
-    if larger.exists():
-        found.append(json.loads(larger.read_text())["numbers"])
-    numbers = [of[claim["number"]] for of in found if claim["number"] in of]
-    return max(numbers, key=lambda number: number.get("n", 0), default=None)
 
 
 def verdict_of(claim: dict, number: dict | None) -> str:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -17,9 +18,10 @@ import cite
 import docstrings
 import links
 import pdf
+import remeasured
 import scorecard
 
-RESULTS = ROOT / "data" / "results" / "pocket"
+RESULTS = ROOT / "data" / "results" / "pocket-full"
 
 
 def figure_cell(source: str, **metadata):
@@ -143,14 +145,56 @@ def test_a_claims_verdict_follows_from_its_interval(holds, number, verdict):
     assert scorecard.verdict_of({"untestable": "why"}, None) == "not testable here"
 
 
-def test_every_claim_names_a_number_that_its_chapter_has_and_the_larger_sample_counts(tmp_path):
-    made = [(p.stem, p.stem, json.loads(p.read_text())) for p in sorted(RESULTS.glob("[0-9][0-9]_*.json"))]
-    table = scorecard.page(made, RESULTS)
+def test_every_claim_names_a_number_that_its_chapter_has():
+    table = scorecard.page(made())
     assert "not measured" not in table
-    content = {"numbers": {"DyRate_against_a_constant": {"value": 1.0, "low": 0.5, "high": 1.5, "n": 10}}}
-    (tmp_path / "x-full").mkdir()
-    large = {"numbers": {"DyRate_against_a_constant": {"value": -1.0, "low": -1.5, "high": -0.5, "n": 20}}}
-    (tmp_path / "x-full" / "07_dynamics.json").write_text(json.dumps(large))
-    small = scorecard.page([("07_dynamics", "Dynamics", content)], tmp_path / "x")
-    row = next(row for row in small.splitlines() if "constant rate. |" in row)
+    content = {"numbers": {"DyRate_against_a_constant": {"value": -1.0, "low": -1.5, "high": -0.5, "n": 20}}}
+    row = next(row for row in scorecard.page([("07_dynamics", "Dynamics", content)]).splitlines() if "constant rate. |" in row)
     assert "[contradicted]" in row and "-1 (-1.5 to -0.5), n = 20. [Dynamics](analysis/07_dynamics.ipynb)" in row
+
+
+def made() -> list:
+    """Every chapter of the reference run."""
+    return [(path.stem, path.stem, json.loads(path.read_text())) for path in sorted(RESULTS.glob("[0-9][0-9]_*.json"))]
+
+
+@pytest.mark.parametrize(("here", "inside", "agrees"), [
+    ({"value": 1.1, "low": 0.9, "high": 1.3}, True, True), ({"value": 1.6, "low": 1.1, "high": 2.1}, False, True),
+    ({"value": 1.6, "low": 1.5, "high": 1.7}, False, False), ({"value": 0.4, "low": 0.3, "high": 0.5}, False, False),
+])  # fmt: skip
+def test_a_small_sample_agrees_by_both_intervals(here, inside, agrees):
+    (row,) = remeasured.agreement({"a": here}, {"a": {"value": 1.0, "low": 0.8, "high": 1.2}}).to_dict("records")
+    assert (row["in its interval"], row["agrees"]) == (inside, agrees)
+
+
+def test_numbers_without_intervals_are_not_judged():
+    plain, whole = {"value": 1.0}, {"value": 1.0, "low": 0.0, "high": 2.0}
+    wide = {"value": 1.0, "low": -math.inf, "high": math.inf}
+    assert remeasured.agreement({"a": plain, "b": wide}, {"a": whole, "b": whole, "c": whole}).empty
+    assert "No chapter of this book was measured again" in remeasured.section(made(), {})
+
+
+def test_the_badge_catches_a_number_that_was_altered():
+    """Every chapter that measures, its reference beside itself; then one of its numbers moved out of both intervals."""
+    measuring = [(stem, content) for stem, _, content in made() if "drawn" in content]
+    assert len(measuring) == 6
+    for stem, content in measuring:
+        same = remeasured.badge(stem, content, content)
+        n = len(remeasured.agreement(content["numbers"], content["numbers"]))
+        assert n and f"**{n} of {n}**" in same and ".differs" not in same and "in place of" not in same
+        key, number = next((key, of) for key, of in content["numbers"].items() if of.get("low", -math.inf) > -math.inf)
+        moved = {end: number[end] + 3 * (number["high"] - number["low"]) + 1e-3 for end in ("value", "low", "high")}
+        altered = content | {"numbers": content["numbers"] | {key: moved}}
+        text = remeasured.badge(stem, altered, content)
+        assert f"**{n - 1} of {n}**" in text and f"[`{key}`: here {remeasured.said(number)}, reference" in text
+        assert f"| {stem} | {key} |" in remeasured.section([(stem, stem, altered)], {stem: content})
+        assert "[no]{.differs}" in remeasured.section([(stem, stem, altered)], {stem: content})
+
+
+def test_the_badge_says_whose_numbers_a_page_shows():
+    content = next(content for stem, _, content in made() if stem == "03_comparison")
+    small = content | {"provenance": content["provenance"] | {"parameters": content["provenance"]["parameters"] | {"n": 12}}}
+    assert "(`n` 12 in place of 100)" in remeasured.badge("03_comparison", content, small)
+    assert "not measured again" in remeasured.badge("03_comparison", content, None)
+    own = {key: value for key, value in content.items() if key != "drawn"}
+    assert "Computed with the profile `pocket-full`" in remeasured.badge("03_comparison", own, small)
