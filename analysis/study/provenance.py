@@ -46,8 +46,10 @@ def inputs(notebook: Path, values: dict) -> dict[str, list[Path]]:
     found["predictors"] = [path for folder in predictors_of(notebook, values) for path in files(folder)]
     if v.get("lmms_results"):
         found["lmms_results"] = files(ROOT / v["lmms_results"])
-    if v.get("laboratories"):
-        found["reference rows"] = [path for each in v["laboratories"] for path in files(ROOT / v["reference"] / each)]
+    if v.get("reference"):
+        found["reference rows"] = sorted((ROOT / v["reference"]).glob("*/*.csv.gz"))
+        if not found["reference rows"]:
+            raise FileNotFoundError(f"no such file or folder: {v['reference']}/*/*.csv.gz")
     if v.get("bench"):
         found["bench"] = [*files(ROOT / v["bench"]), *sorted((ROOT / "data" / "results").glob("*/bench.json"))]
     return found

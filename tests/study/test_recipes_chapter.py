@@ -65,14 +65,10 @@ def test_the_finding_follows_the_intervals(monkeypatch):
     monkeypatch.setattr(recipes, "answers", lambda _: pd.DataFrame(rows))
     monkeypatch.setattr(recipes, "losses", lambda _: pd.DataFrame(rows)[::2])
     said = recipes.finding(())
-    assert "trained as the paper says scores higher on first (+0.200, +0.100 to +0.300), lower on second (-0.200" in said
-    assert "at equal computation lower on first (-0.200, -0.300 to -0.100), second (-0.200" in said
-    assert "by `curves` scores higher on second (+0.150, +0.100 to +0.200), not significantly different on first" in said
-    assert "trained by `curves` 50 % (40 to 60) on first, 50 % (40 to 60) on second" in said
-    assert "20 on first, 20 on second" in said
-    assert recipes.compared(()) in said
-    assert "says it beats one constant rate of the same measured mean retention in 1 of 2 settings and loses in 1" in said
-    assert "beats one of the same computation in 0 and loses in 2; trained by `curves`" in said
+    assert "of 2 settings (model and first pruned layer): trained as the paper says, it beats the constant in 1 and" in said
+    assert "at equal measured retention, and in 0 and 2 at equal computation; trained by `curves`, it beats" in said
+    assert "Trained as the paper says, the gain in score runs -0.200 (second) to +0.200 (first) at equal retention" in said
+    assert "it captures 50 % (first) to 50 % (first)" in said and "n = 20 to 20 answers a setting, 3 trainings" in said
     shown = recipes.answers_shown(recipes.answers(()))
     assert len(shown) == 4 and shown["gain at equal computation"][0].startswith("-0.200")
     assert len(recipes.losses_shown(recipes.losses(()))) == 4
@@ -102,6 +98,6 @@ def test_recipes_stand_beside_what_they_could_have_learned(monkeypatch):
 
 def test_without_predictors_the_pages_say_so(monkeypatch):
     monkeypatch.setattr(recipes, "at_hand", lambda _: pd.DataFrame(columns=["laboratory", "recipe"]))
-    assert "have not been compared" in recipes.finding(()) and "have not been compared" in recipes.compared(())
+    assert "have not been compared" in recipes.finding(())
     assert "no predictor" in recipes.losses_shown(recipes.losses(())).laboratory[0]
     assert "no answers" in recipes.answers_shown(recipes.answers(())).laboratory[0]

@@ -257,7 +257,7 @@ def named(study, name, text):
     ('source = "photographs"', "source", "photographs/below/1.jpg"),
     ('lmms_results = "lmms"', "lmms_results", "lmms/2026/results.json"),
     ('bench = "data/bench.json"', "bench", "data/bench.json"),
-    ('reference = "data/results"\nlaboratories = ["plain"]', "reference rows", "data/results/plain/methods.csv.gz"),
+    ('reference = "data/results"', "reference rows", "data/results/plain/methods.csv.gz"),
     ('predictor = "trained/evict-0.33"', "predictors", "trained/evict-0.33/model.safetensors"),
     ('predictors = "trained"\nprefix = "evict-0.33"\nothers = {}', "predictors", "trained/evict-0.33-seed1/model.safetensors"),
     ('ablations = [{"predictor": "trained/evict-0.5"}]', "predictors", "trained/evict-0.5/config.json"),

@@ -238,10 +238,12 @@ def score_said(laboratories: tuple[Measured, ...]) -> str:
     if table.empty:
         return "No answers have been generated under these schedules yet."
     rows = table[(table.method != "constant") & (table.budget == BUDGET) & (table.residency == "evict")]
-    parts = [
-        f"{SAID[row['method']]} on {row['laboratory']} {in_words(row, SIGNED)} ({against_bound(row)})"
-        for row in rows.to_dict("records")
-    ]
+    verdicts, parts = pd.Series([against_bound(row) for row in rows.to_dict("records")], rows.index), []
+    for method, of in rows.groupby("method", sort=False):
+        counts = ", ".join(f"{n} {verdict}" for verdict, n in verdicts[of.index].value_counts().items())
+        least, most = of.loc[of.value.idxmin()], of.loc[of.value.idxmax()]
+        ends = f"{least.value:+.3f} on {least.laboratory} to {most.value:+.3f} on {most.laboratory}"
+        parts.append(f"{SAID[method]} gains {ends} ({counts})")
     said = f"In the score of generated answers, where {MATTERS:g} was set beforehand as the least that matters"
     return f"{said}, against a constant rate: {'; '.join(parts)}."
 

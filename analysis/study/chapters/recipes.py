@@ -157,28 +157,44 @@ def _gains_shown(table: pd.DataFrame, reached: pd.Series) -> pd.DataFrame:
 
 
 def finding(laboratories: tuple[Measured, ...]) -> str:
-    """What each recipe gains in generated answers, at equal retention and at equal computation, and in losses."""
-    text = f"{counted(answers(laboratories))} {compared(laboratories)}".strip()
-    shares = [
-        f"{how} {', '.join(f'{captured_said(row)} on {row.laboratory}' for row in of.itertuples())}"
-        for how, of in _by_training(_nearest(losses(laboratories)))
-    ]
-    return f"{text} Of the headroom in teacher-forced loss that chapter 12 measures, {'; '.join(shares)}." if shares else text
+    """How often each recipe gains in generated answers, and the range of what it gains and captures."""
+    table, parts = answers(laboratories), []
+    if table.empty:
+        return "Trained predictors have not been compared on generated answers."
+    captured = dict(_by_training(_nearest(losses(laboratories))))
+    for how, of in _by_training(table):
+        ends = [_range(of[of.equal == equal], "value", "{:+.3f}") for equal in EQUAL]
+        part = f"{how}, the gain in score runs {ends[0]} at equal retention and {ends[1]} at equal computation"
+        if how in captured:
+            shares = captured[how].assign(captured=100 * captured[how].captured)
+            part += f", and of the headroom in loss (chapter 12) it captures {_range(shares, 'captured', '{:.0f} %')}"
+        parts.append(part)
+    said = "; ".join(parts)
+    least, most = table.n.min(), table.n.max()
+    return (
+        f"{counted(table)} {said[0].upper()}{said[1:]}. FastV's ranking, evicted; n = {least:,} to {most:,} answers a setting, "
+        f"{table.seeds.max()} trainings, 95 % intervals over both."
+    )
+
+
+def _range(rows: pd.DataFrame, column: str, form: str) -> str:
+    """The least and the most of a column, each with its laboratory."""
+    ends = [rows.loc[rows[column].idxmin()], rows.loc[rows[column].idxmax()]]
+    return " to ".join(f"{form.format(end[column])} ({end.laboratory})" for end in ends)
 
 
 def counted(table: pd.DataFrame) -> str:
     """On how many models each way to train beats a constant rate, in one sentence; table: `answers`."""
     parts = []
     for how, of in _by_training(table):
-        wins = {equal: int((of[of.equal == equal].low > 0).sum()) for equal in EQUAL}
-        lost = {equal: int((of[of.equal == equal].high < 0).sum()) for equal in EQUAL}
-        n = of.laboratory.nunique()
+        wins, lost = ({equal: int(side[of.equal == equal].sum()) for equal in EQUAL} for side in (of.low > 0, of.high < 0))
         parts.append(
-            f"{how} it beats one constant rate of the same measured mean retention in {wins['retention']} of {n} settings and "
-            f"loses in {lost['retention']}, and beats one of the same computation in {wins['computation']} and loses in "
-            f"{lost['computation']}"
+            f"{how}, it beats the constant in {wins['retention']} and loses in {lost['retention']} at equal measured retention, "
+            f"and in {wins['computation']} and {lost['computation']} at equal computation"
         )
-    return f"**DyRate's predictor on generated answers, by model and first pruned layer: {'; '.join(parts)}.**" if parts else ""
+    n = table.laboratory.nunique() if parts else 0
+    start = f"DyRate's predictor against one constant rate, in generated answers of {n} settings (model and first pruned layer):"
+    return f"**{start} {'; '.join(parts)}.**" if parts else ""
 
 
 def _nearest(table: pd.DataFrame) -> pd.DataFrame:
@@ -190,39 +206,12 @@ def _nearest(table: pd.DataFrame) -> pd.DataFrame:
     return table.loc[off.groupby([table.laboratory, paper], sort=False).idxmin()]
 
 
-def compared(laboratories: tuple[Measured, ...]) -> str:
-    """DyRate against one constant rate that costs as much, by recipe and laboratory, in generated answers, in words."""
-    table = answers(laboratories)
-    if table.empty:
-        return "Trained predictors have not been compared on generated answers."
-    parts = []
-    for how, of in _by_training(table):
-        sides = {equal: _sides(of[of.equal == equal]) for equal in EQUAL}
-        parts.append(f"{how} scores {sides['retention']}, and at equal computation {sides['computation']}")
-    sizes = [f"{of.n.iloc[0]:,} on {name}" for name, of in table.groupby("laboratory", sort=False)]
-    return (
-        "Beside one constant rate of the same measured mean retention (score of generated answers, FastV's ranking, evicted; "
-        f"95 % intervals over answers and trainings; n = {', '.join(sizes)}), DyRate {'; '.join(parts)}."
-    )
-
-
 def _by_training(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """The rows of each way to train, with its name in words; the paper's first."""
     if table.empty:
         return []
     how = ["trained as the paper says" if PAPER.fullmatch(r) else f"trained by `{r.split('-')[0]}`" for r in table.recipe]
     return list(table.groupby(np.array(how)))
-
-
-def _sides(table: pd.DataFrame) -> str:
-    """In which laboratories the gain is above zero, below it, or neither, with each number."""
-    side = np.select([table.low > 0, table.high < 0], ["higher", "lower"], "not significantly different")
-    parts = []
-    for name in ("higher", "not significantly different", "lower"):
-        rows = [f"{r.laboratory} ({r.value:+.3f}, {r.low:+.3f} to {r.high:+.3f})" for r in table[side == name].itertuples()]
-        if rows:
-            parts.append(f"{name} on {', '.join(rows)}")
-    return ", ".join(parts)
 
 
 def reasons(lab: Measured) -> str:
