@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+MATTERS = 0.01  # of the unpruned score: a smaller difference counts as none, said before anything was measured
+
 
 def bootstrap(
     values: Sequence[float], statistic: Callable = np.mean, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
@@ -77,3 +79,11 @@ def verdict(difference: Mapping) -> str:
     if difference["low"] > 0:
         return "scores higher than"
     return "scores lower than" if difference["high"] < 0 else "shows no significant difference from"
+
+
+def against_bound(difference: Mapping, bound: float = MATTERS) -> str:
+    """What an interval says about differences of at least a bound: a small sample's wide interval leaves it undecided."""
+    low, high = difference["low"], difference["high"]
+    if low > bound or high < -bound:
+        return "better" if low > bound else "worse"
+    return "equivalent" if low > -bound and high < bound else "undecided"

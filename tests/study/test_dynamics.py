@@ -122,13 +122,16 @@ def test_conditions_say_where_dynamics_help():
 
 
 def test_a_bar_is_missed_only_where_the_whole_interval_is_below():
-    same = {"constant": 0.5, "constant by task": 0.5, "DyRate 0": 0.4, "DyRate 1": 0.45}
+    same = {"Full": 1.0, "constant": 0.5, "constant by task": 0.5, "DyRate 0": 0.4, "DyRate 1": 0.45}
     rows = scores({name: lambda i, value=value: value for name, value in same.items()}, [10] * 20)
-    assert set(dynamics.bars(verdicts(rows, ["description"]), ["description"]).bar) == {"missed"}
+    held = dynamics.bars(verdicts(rows, ["description"]), rows, ["description"])
+    assert set(held.bar) == {"missed"} and set(held.bound) == {0.01}
     assert dynamics.by_seed(rows).score.to_dict() == pytest.approx({"DyRate 0": 0.4, "DyRate 1": 0.45})
     assert dynamics.budgets(rows, ["description"]).set_index("label").description.to_dict() == pytest.approx(same)
-    noisy = rows.assign(score=[(i % 3) / 3 for i in range(len(rows))])
-    assert set(dynamics.bars(verdicts(noisy, ["description"]), ["description"]).bar) == {"met"}
+    noisy = rows.assign(score=[(i % 3) / 3 for i in range(len(rows))])  # too few to say
+    assert set(dynamics.bars(verdicts(noisy, ["description"]), noisy, ["description"]).bar) == {"undecided"}
+    level = rows.assign(score=0.5)
+    assert set(dynamics.bars(verdicts(level, ["description"]), level, ["description"]).bar) == {"met"}
 
 
 def test_a_missing_predictor_is_named(tmp_path):

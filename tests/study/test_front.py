@@ -10,7 +10,7 @@ from study.figures import front as figures
 
 def rows(method: str, budget: float | None, task: str, scores: list[float], macs: float, retention: float) -> list[dict]:
     of = {"method": method, "label": method, "budget": budget, "task": task, "retention": retention}
-    of |= {"prefill": macs, "decode": macs}
+    of |= {"prefill": macs, "decode": macs, "tokens": 2 * macs}
     return [of | {"sample": f"{task}-{i}", "score": score} for i, score in enumerate(scores)]
 
 
@@ -42,6 +42,15 @@ def test_predictors_stand_beside_the_methods_by_their_recipe(lab):
     said = [text.get_text() for text in [*axis.texts, *axis.get_legend().texts]]
     assert {"FastV", "unpruned", "DyRate, curves"} <= set(said)
     assert "n = 2 and 6 answers" in front.said({"made-up": table})
+
+
+def test_a_line_that_turns_back_is_explained(lab):
+    table = front.points(lab)
+    assert "turns back" not in front.said({"made-up": table})
+    cheaper = {"name": "FastV", "retention": 0.1, "macs_share": 0.8, "tokens": 50.0}
+    table = pd.concat([table, pd.DataFrame([cheaper])], ignore_index=True)
+    said = " FastV turns back on made-up: at its lowest retention its answers are 2.5 times as long as unpruned."
+    assert front.turning_back(table, "made-up") == said
 
 
 @pytest.mark.parametrize("layout", [figures.WIDE, figures.TALL], ids=["wide", "tall"])

@@ -16,6 +16,7 @@ from dyrate.predictor import rate_grid
 from dyrate.strategies.controls import Constant, RandomPrune
 from dyrate.strategies.full import Full
 from dyrate.teacher_forcing import masked_logits, prepare, teacher_forced, unpruned_logits
+from study import intervals
 from study.chapters import headroom as chapter
 from study.examples import examples
 from study.headroom import confirm, frontier, library, measure, rankings, report
@@ -393,4 +394,4 @@ def test_the_chapter_says_what_is_there(tables):
 def test_a_bound_that_was_set_before_decides():
     ends = {"better": (0.02, 0.05), "worse": (-0.05, -0.02), "equivalent": (-0.005, 0.009), "undecided": (-0.02, 0.03)}
     for verdict, (low, high) in ends.items():
-        assert chapter.against_bound({"low": low, "high": high}) == verdict
+        assert intervals.against_bound({"low": low, "high": high}) == verdict

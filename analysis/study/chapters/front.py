@@ -19,9 +19,9 @@ TASKS = ("description", "qa_reading", "qa_long_word", "qa_two_step")  # whose sc
 
 
 def points(lab: Laboratory) -> pd.DataFrame:
-    """One row a method and retention ratio: name, score (value, low, high, n), measured retention, macs_share; tasks weigh alike.
+    """One row a method and retention ratio: name, score (value, low, high, n), measured retention, macs_share, tokens generated.
 
-    "unpruned" is the reference run's. A laboratory without generated answers has no rows of DyRate.
+    Tasks weigh alike. "unpruned" is the reference run's. A laboratory without generated answers has no rows of DyRate.
     """
     asked = pd.concat([lab.rows(part) for part in ("methods", "questions")])
     full = asked[asked.method == "Full"]
@@ -48,13 +48,14 @@ def _point(name: str, rows: pd.DataFrame, unpruned: float) -> dict:
     means = _by_answer(rows)
     weights = resampled(means.index.get_level_values("task").to_numpy())
     found = {"name": name, "retention": weights[0] @ means.retention, "macs_share": weights[0] @ means.macs / unpruned}
+    found["tokens"] = weights[0] @ means.tokens
     return found | number(weights @ means.score.to_numpy(), len(means))
 
 
 def _by_answer(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean score, retention and multiply-accumulates of each answer to TASKS."""
+    """Mean score, retention, multiply-accumulates and length of each answer to TASKS."""
     rows = rows[rows.task.isin(TASKS)].assign(macs=lambda r: r.prefill + r.decode)
-    return rows.groupby(["task", "sample"])[["score", "retention", "macs"]].mean()
+    return rows.groupby(["task", "sample"])[["score", "retention", "macs", "tokens"]].mean()
 
 
 def _macs(rows: pd.DataFrame) -> float:
@@ -69,5 +70,16 @@ def said(tables: dict[str, pd.DataFrame]) -> str:
         f"{' and '.join(tables)}, mean of {len(TASKS)} tasks (descriptions: right slots; questions on painted words and on two "
         f"things at once: right answers), n = {counts} answers a point, greedy; bars and band: 95 % bootstrap intervals. "
         "Retention is measured: the mean over the steps of an answer and the stages of pruning. Multiply-accumulates: the "
-        "decoder's, prefill and decode with a cache."
+        f"decoder's, prefill and decode with a cache.{''.join(turning_back(table, name) for name, table in tables.items())}"
     )
+
+
+def turning_back(table: pd.DataFrame, laboratory: str) -> str:
+    """Of methods that compute more where they keep less: by how much longer their answers are; "" for none. table: `points`."""
+    unpruned, said = table[table.name == "unpruned"].tokens.iloc[0], ""
+    for name, of in table[table.name.isin(METHODS)].groupby("name", sort=False):
+        of = of.sort_values("retention", ascending=False)
+        if (of.macs_share.diff() > 0).any():
+            longer = f"its answers are {of.tokens.iloc[-1] / unpruned:.1f} times as long as unpruned"
+            said += f" {name} turns back on {laboratory}: at its lowest retention {longer}."
+    return said

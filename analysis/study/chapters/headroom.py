@@ -12,12 +12,11 @@ from study.headroom.confirm import MAX_NEW_TOKENS, confirmed, generated, questio
 from study.headroom.frontier import POLICIES, at_budget, curves, number
 from study.headroom.library import LIBRARIES, UNITS
 from study.headroom.report import BEST_OTHER, PAPER, Measured, captured, cost_of_constant, library
-from study.intervals import in_words
+from study.intervals import MATTERS, against_bound, in_words
 
 BUDGET = 0.25  # of the headline
 SHOWN = (0.0625, 0.125, 0.1875, 0.25, 0.33, 0.4, 0.5, 0.65, 0.8, 1.0)  # costs at which curves are drawn
 SIGNED = "+.3f"  # the format of a gain
-MATTERS = 0.01  # of the score: a smaller difference counts as none, said before anything was measured
 BEST = "best for each answer"
 EVERYWHERE = r"(evict|curves)-[0-9.]+"  # recipes (the paper's, and the best other) that are trained for every laboratory
 GAINING = tuple(policy.name for policy in POLICIES if policy.name != "constant")
@@ -168,13 +167,6 @@ def scores_shown(table: pd.DataFrame) -> pd.DataFrame:
         "gain on the constant": [in_words(row, SIGNED) for row in rows.to_dict("records")],
         "against the bound": [against_bound(row) for row in rows.to_dict("records")],
     })  # fmt: skip
-
-
-def against_bound(gain: dict) -> str:
-    """What an interval in the score says about differences of at least `MATTERS`."""
-    if gain["low"] > MATTERS or gain["high"] < -MATTERS:
-        return "better" if gain["low"] > MATTERS else "worse"
-    return "equivalent" if gain["low"] > -MATTERS and gain["high"] < MATTERS else "undecided"
 
 
 def percent(value: float, low: float, high: float) -> str:
