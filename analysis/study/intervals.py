@@ -47,10 +47,17 @@ def bootstrap_crossed(values: np.ndarray, *, resamples: int = 2000, seed: int = 
     if n == 0:
         return {"value": float("nan"), "low": float("nan"), "high": float("nan"), "n": 0, "seeds": seeds}
     rng = np.random.default_rng(seed)
-    resampled = [values[rng.integers(0, n, n)][:, rng.integers(0, seeds, seeds)].mean() for _ in range(resamples)]
+    samples, trainings = (_counts(rng.integers(0, size, (resamples, size)), size) for size in (n, seeds))
+    resampled = ((samples @ values) * trainings).sum(1) / (n * seeds)
     tail = (1 - level) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail]) if n > 1 else (-np.inf, np.inf)
     return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": n, "seeds": seeds}
+
+
+def _counts(drawn: np.ndarray, size: int) -> np.ndarray:
+    """How often each of `size` things was drawn, (resample, thing). drawn: (resample, draw)."""
+    offset = size * np.arange(len(drawn))[:, None]
+    return np.bincount((drawn + offset).ravel(), minlength=size * len(drawn)).reshape(len(drawn), size)
 
 
 def interpolated(costs: pd.Series, scores: pd.DataFrame, cost: float) -> pd.Series:
