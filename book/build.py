@@ -124,8 +124,7 @@ def write_pages(executed: list[Path], repository: str | None, here: dict[str, di
     (BOOK / "made.md").write_text(how_made(made, remeasured.section(made, here)) + not_run({page.stem for page in executed}))
     (BOOK / "_found.md").write_text(findings(made))
     (BOOK / "_scorecard.md").write_text(scorecard.page(made))
-    beside = "".join(f"\n{content['texts']['front_page']}\n" for _, _, content in made if "front_page" in content["texts"])
-    (BOOK / "_finding.md").write_text(f":::{{div}} finding\n{finding_of(made[0][2])}\n:::\n{beside}")
+    (BOOK / "_finding.md").write_text(f":::{{div}} finding\n{answers(made)}\n:::\n")
     (BOOK / "_hero.md").write_text(hero(made))
     (BOOK / "models.md").write_text(model_matrix.page())
     (BOOK / "cite.md").write_text(cite.page(repository))
@@ -152,6 +151,13 @@ def with_pages(toc: dict, stems: set[str]) -> dict:
 def parameter(notebook, name: str):
     """The value with which papermill ran a notebook."""
     return notebook.metadata["papermill"]["parameters"][name]
+
+
+def answers(made: list) -> str:
+    """The front page's answers, a paragraph each, of which the question is bold; where no chapter has one, the first finding."""
+    texts = [content["texts"]["front_page"] for _, _, content in made if "front_page" in content["texts"]]
+    answered = [f"**{question}?**{answer}" for question, _, answer in (text.partition("?") for text in texts)]
+    return "\n\n".join(answered or [finding_of(made[0][2])])
 
 
 def findings(made: list) -> str:

@@ -1,4 +1,4 @@
-"""The study as a user runs it: the runner, a notebook on profile smoke, the book, and the book in a browser."""
+"""The study as a user runs it: notebooks on profile smoke, pages from the reference run, the book, and the book in a browser."""
 
 import json
 import re
@@ -14,33 +14,44 @@ from PIL import Image
 
 from browser import BROWSER
 from running import run
-from study.profiles import NOTEBOOKS, ROOT, parameters_of, read_profile
+from study.profiles import NOTEBOOKS, ROOT, defaults, parameters_of, read_profile
+
+RESULTS = ROOT / "data" / "results"
+MEASURING = [notebook for notebook in NOTEBOOKS if "draw" in defaults(notebook)]  # the others read committed rows
 
 
 @pytest.fixture(scope="session")
 def smoke():
-    """The whole study on profile smoke; pocket's committed results must not change."""
-    before = {p: p.read_bytes() for p in (ROOT / "data" / "results" / "pocket").glob("*")}
+    """The chapters that measure, on profile smoke; committed results must not change."""
+    before = {p: p.read_bytes() for p in (RESULTS / "pocket").glob("*") if p.is_file()}
     done = run("--profile", "smoke", "--force")
     assert done.returncode == 0, done.stderr
-    assert {p: p.read_bytes() for p in (ROOT / "data" / "results" / "pocket").glob("*")} == before
-    return ROOT / "data" / "results" / "smoke"
+    assert {p: p.read_bytes() for p in (RESULTS / "pocket").glob("*") if p.is_file()} == before
+    return RESULTS / "smoke"
 
 
 @pytest.fixture(scope="session")
-def book(smoke, tmp_path_factory):
-    """The book of profile smoke, built with warnings as errors, away from the user's own."""
+def drawn():
+    """Every chapter, drawn from committed rows; and its numbers as they were committed."""
+    committed = {n.stem: json.loads((RESULTS / "pocket-full" / f"{n.stem}.json").read_text())["numbers"] for n in NOTEBOOKS}
+    done = run("--profile", "pocket-full", "--draw")
+    assert done.returncode == 0, done.stderr
+    return committed
+
+
+@pytest.fixture(scope="session")
+def book(smoke, drawn, tmp_path_factory):
+    """The book of the reference run beside what smoke measured, built with warnings as errors, away from the user's own."""
     out = tmp_path_factory.mktemp("book") / "_build"
-    published = ["--repository", "owner/name", "--site", "https://owner.example/name"]
-    command = [sys.executable, "book/build.py", "--profile", "smoke", "--out", str(out), *published]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    shown = ["--profile", "pocket-full", "--remeasured", "smoke", "--repository", "owner/name", "--site", "https://owner.example/name"]
+    done = subprocess.run([sys.executable, "book/build.py", "--out", str(out), *shown], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert BROWSER or "no PDF of the whole book" in done.stdout
     return out / "html"
 
 
 def test_smoke_writes_results_with_provenance(smoke):
-    for notebook in NOTEBOOKS:
+    for notebook in MEASURING:
         content = json.loads((smoke / f"{notebook.stem}.json").read_text())
         assert content["numbers"]
         about = content["provenance"]
@@ -53,9 +64,25 @@ def test_smoke_writes_results_with_provenance(smoke):
         assert list(smoke.glob(f"{notebook.stem}*.csv"))
 
 
-def test_every_chapter_states_its_protocol(smoke):
+def test_pages_drawn_from_rows_have_the_numbers_that_were_committed(drawn):
     for notebook in NOTEBOOKS:
-        rows = json.loads((smoke / f"{notebook.stem}.json").read_text())["protocol"]
+        content = json.loads((RESULTS / "pocket-full" / f"{notebook.stem}.json").read_text())
+        committed = {key: pytest.approx(number, rel=1e-6, nan_ok=True) for key, number in drawn[notebook.stem].items()}
+        assert content["numbers"] == committed, notebook.stem
+        assert content["provenance"]["profile"] == "pocket-full" and ("drawn" in content) == (notebook in MEASURING)
+
+
+def test_each_page_says_how_what_was_measured_here_compares(book):
+    for notebook in NOTEBOOKS:
+        page = (book / "analysis" / f"{notebook.stem}.html").read_text(encoding="utf-8")
+        (badge,) = re.findall(r'<div class="remeasured docutils">(.*?)</div>', page, re.S)
+        assert ("headline numbers agree with the reference" in badge) == (notebook in MEASURING), notebook.stem
+    assert "Measured again" in (book / "made.html").read_text(encoding="utf-8")
+
+
+def test_every_chapter_states_its_protocol(drawn):
+    for notebook in NOTEBOOKS:
+        rows = json.loads((RESULTS / "pocket-full" / f"{notebook.stem}.json").read_text())["protocol"]
         assert rows
         for row in rows:
             for key in ("task", "source", "split", "n", "prompt", "ocr", "metric", "decoding", "harness", "basis"):

@@ -330,6 +330,18 @@ def finding(table: pd.DataFrame, place: str) -> str:
     )
 
 
+def front_page(table: pd.DataFrame, place: str) -> str:
+    """The front page's answer to whether attention fades: raw, and without dilution, in deep layers. table: `trends`."""
+    rows = table[table.depth == "deep"].set_index("measure")
+    if table.n.max() == 0:
+        return finding(table, place)
+    return (
+        f"Does attention to the image fade? With {place}, in deep layers the image's share of all attention "
+        f"{_change(rows.loc['raw'])} from the first to the last third of an answer; of the attention that does not go to the "
+        f"growing answer it {_change(rows.loc['undiluted'])} (95 % intervals, n = {int(rows.n.max())})."
+    )
+
+
 def _change(row) -> str:
     interval = f"({100 * row.low:+.1f} to {100 * row.high:+.1f} %)"
     if row.low <= 0 <= row.high:
@@ -356,7 +368,9 @@ def record(chapter: Chapter, recorded: Attention) -> None:
     task, images = recorded.main.task.iloc[0].replace("_", " "), "synthetic scenes" if recorded.scenes else "photographs"
     chapter.text("measured_on", _measured_on(recorded))
     chapter.text("measured_main", f"{recorded.model}, {len(recorded.main)} answers ({task})")
-    chapter.text("finding", finding(recorded.trends, f"{recorded.model} on {images} ({task})"))
+    place = f"{recorded.model} on {images} ({task})"
+    chapter.text("finding", finding(recorded.trends, place))
+    chapter.text("front_page", front_page(recorded.trends, place))
     if len(recorded.density):
         _record_focus(chapter, recorded)
     else:

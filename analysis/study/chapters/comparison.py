@@ -188,7 +188,9 @@ def short_answers(folder: str) -> tuple[pd.DataFrame, pd.DataFrame | None, str]:
 
 
 def record_ranking(chapter: Chapter, measured: Comparison, task: str) -> None:
-    """Numbers and a sentence on FastV's difference in score from what was measured with it of `RANKED_OTHERWISE`."""
+    """Numbers on what stands against random pruning and on FastV's ranking, and a sentence on `RANKED_OTHERWISE`."""
+    for row in measured.against_random[measured.against_random.method.isin(("FastV", "DyRate"))].to_dict("records"):
+        chapter.number(f"{row['method'].lower()}_minus_random_{row['group']}_equal_{row['cost']}", row)
     there, parts = set(measured.rows.method), []
     for key, (method, name) in RANKED_OTHERWISE.items():
         if {"FastV", method} <= there:

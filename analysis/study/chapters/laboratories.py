@@ -306,13 +306,14 @@ def finding(laboratories: tuple[Laboratory, ...]) -> str:
 
 
 def front_page(laboratories: tuple[Laboratory, ...]) -> str:
-    """What the front page says beside its findings: on which models they hold."""
-    changes = "; ".join(f"{lab.name} {_percent(attention(lab).loc['undiluted'])}" for lab in laboratories)
+    """The front page's answer to which tokens stay: on which models the published rankings beat a random one."""
+    changes = ", ".join(f"{_percent(attention(lab).loc['undiluted'])} on {lab.name}" for lab in laboratories)
+    sides = [(lab, *counted(against_random(laboratories), lab.name)) for lab in laboratories]
+    counts = "; ".join(f"{above} above and {below} below on {lab.name} ({TRAINED[lab.name]})" for lab, above, below, _ in sides)
     return (
-        "The chapters measure one small model unless they say otherwise; three others are asked the same in chapter 9. From the "
-        "first to the last third of a description, attention to the image changes, dilution by the growing answer set aside, by: "
-        f"{changes}. "
-        f"{confound(laboratories)}."
+        f"Which tokens stay? Of {len(PUBLISHED)} published methods at a retention ratio of {100 * RETENTION:.0f} %, {TASK}s, "
+        f"against random pruning: {counts}. With the growing answer set aside, attention "
+        f"to the image changes over a {TASK} by {changes}."
     )
 
 
