@@ -135,10 +135,10 @@ def compare(table: pd.DataFrame, reference: str = "Full") -> pd.DataFrame:
     table: `scored` rows. macs_share: multiply-accumulates of the decoder (prefill and decode) relative to the reference;
     prefill_share, kv_share: the same of the prefill alone, and of the cached bytes. retention: measured mean.
     """
-    summary = []
+    bases = {task: rows.set_index("sample") for task, rows in table[table.method == reference].groupby("task")}
+    nothing, summary = table[:0].set_index("sample"), []
     for (_, task), rows in table.groupby(["label", "task"], sort=False):
-        base = table[(table.method == reference) & (table.task == task)].set_index("sample")
-        mine = rows.set_index("sample")
+        base, mine = bases.get(task, nothing), rows.set_index("sample")
         row = {**rows.iloc[0][CONDITION], "task": task, **bootstrap(mine.score)}
         if len(base):
             difference = bootstrap((mine.score - base.score).dropna())

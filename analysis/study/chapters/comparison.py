@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import pandas as pd
@@ -37,13 +37,14 @@ INTERVAL = ["value", "low", "high", "n"]
 class Comparison:
     """What the chapter measured. about: `dyrate.models.describe` of the model; rows: `scored` answers of all conditions.
 
-    retentions: the ratios compared, ascending.
+    retentions: the ratios compared, ascending. captions: `caption_measures` of each strategy at the middle one.
     """
 
     about: dict
     examples: Examples
     rows: pd.DataFrame
     retentions: Sequence[float] = ()
+    captions: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @cached_property
     def by_task(self) -> pd.DataFrame:
@@ -65,10 +66,10 @@ class Comparison:
         """What the score is of each group of tasks."""
         return {group: UNITS.get(group, "right slots (share)") for group in dict.fromkeys(self.by_group.task)}
 
-    def captions(self, retention: float) -> pd.DataFrame:
-        """The caption field's measures of each strategy at one retention ratio, and of the unpruned model."""
-        at = (self.rows.budget == retention) | (self.rows.method == "Full")
-        return caption_measures(self.rows[at & (self.rows.task == "caption")], self.examples)
+    @property
+    def middle(self) -> float:
+        """The retention ratio of which pages show one."""
+        return middle(self.retentions)
 
     def beside_reported_captions(self) -> pd.DataFrame:
         """The paper's Table II for the smaller model with this run's caption scores beside it; blank where none is alike.
@@ -130,7 +131,15 @@ def measure(
     answers = answer_all(
         loaded, processor, conditions, examples, ROOT / store, max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed
     )
-    return Comparison(about, examples, scored(answers, examples), sorted(retentions))
+    rows = scored(answers, examples)
+    at = (rows.budget == middle(retentions)) | (rows.method == "Full")
+    captions = caption_measures(rows[at & (rows.task == "caption")], examples)
+    return Comparison(about, examples, rows, sorted(retentions), captions)
+
+
+def middle(retentions: Sequence[float]) -> float:
+    """The middle one of some retention ratios; of an even number the upper."""
+    return sorted(retentions)[len(retentions) // 2]
 
 
 def image_tokens(model, processor, examples: Examples) -> int:
