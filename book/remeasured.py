@@ -41,8 +41,10 @@ def badge(stem: str, content: dict, here: dict | None) -> str:
     content: of the chapter shown. here: the same chapter measured on this machine; None where it was not.
     """
     about = content["provenance"]
+    if "draw" not in defaults(ROOT / "analysis" / f"{stem}.ipynb"):
+        return _div("remeasured", "Computed from committed results when this book was built: this page measures nothing itself.")
     if "drawn" not in content:
-        return _div("remeasured", f"Computed with the profile `{about['profile']}` on {about['device']}.")
+        return _div("remeasured", f"Measured with the profile `{about['profile']}` on {about['device']}.")
     shown = f"Drawn from the committed rows of the reference run (`{about['profile']}`, {about['device']})"
     if here is None:
         return _div("remeasured", f"{shown}; not measured again on the machine that built this book.")
@@ -88,6 +90,7 @@ def section(made: list, here: dict[str, dict]) -> str:
         here=table.here.map(said), reference=table.reference.map(said),
         **{column: table[column].map({True: "yes", False: "no"}) for column in ("in its interval", "agrees")},
     )  # fmt: skip
+    table["number"] = table.number.str.replace("_", " ")  # so that a long name breaks
     table["agrees"] = table.agrees.replace("no", "[no]{.differs}")
     text = (
         f"{{numref}}`{LABEL}` has every headline number with an interval that was measured again on the machine that built this "

@@ -187,7 +187,7 @@ def test_the_badge_catches_a_number_that_was_altered():
         altered = content | {"numbers": content["numbers"] | {key: moved}}
         text = remeasured.badge(stem, altered, content)
         assert f"**{n - 1} of {n}**" in text and f"[`{key}`: here {remeasured.said(number)}, reference" in text
-        assert f"| {stem} | {key} |" in remeasured.section([(stem, stem, altered)], {stem: content})
+        assert f"| {stem} | {key.replace('_', ' ')} |" in remeasured.section([(stem, stem, altered)], {stem: content})
         assert "[no]{.differs}" in remeasured.section([(stem, stem, altered)], {stem: content})
 
 
@@ -197,4 +197,5 @@ def test_the_badge_says_whose_numbers_a_page_shows():
     assert "(`n` 12 in place of 100)" in remeasured.badge("03_comparison", content, small)
     assert "not measured again" in remeasured.badge("03_comparison", content, None)
     own = {key: value for key, value in content.items() if key != "drawn"}
-    assert "Computed with the profile `pocket-full`" in remeasured.badge("03_comparison", own, small)
+    assert "Measured with the profile `pocket-full`" in remeasured.badge("03_comparison", own, small)
+    assert "measures nothing itself" in remeasured.badge("09_laboratories", content, None)

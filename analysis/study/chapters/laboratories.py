@@ -283,7 +283,7 @@ def note(model: str, folder: str = "data/results") -> str:
     """What a page that compares with random pruning on this model must add; nothing but for those trained with dropping."""
     if model not in ("pocket", "pocket-dropped"):
         return ""
-    return f" **This model was trained with random dropping, which favours random pruning. {confound(read(folder))}.**"
+    return f" This model was trained with random dropping, which favours random pruning. {confound(read(folder))}."
 
 
 def finding(laboratories: tuple[Laboratory, ...]) -> str:

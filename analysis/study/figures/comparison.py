@@ -20,6 +20,7 @@ FAMILIES = {  # of methods, by where and by what they choose; one panel each, wi
 HUES = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 MARKS = "osD^vPX"
 RANDOM = "RandomPrune"
+COSTS = {"macs_share": "multiply-accumulates\n(% of unpruned)", "retention": "measured retention\n(% of image tokens)"}
 
 
 def families(methods: list[str]) -> dict[str, list[str]]:
@@ -31,10 +32,11 @@ def families(methods: list[str]) -> dict[str, list[str]]:
     return found or {"controls": []}
 
 
-def pareto(summary: pd.DataFrame, groups: dict[str, str]) -> Figure:
-    """Score against the decoder's multiply-accumulates: a row a group of tasks, a column a family of methods.
+def pareto(summary: pd.DataFrame, groups: dict[str, str], cost: str = "macs_share") -> Figure:
+    """Score against a cost: a row a group of tasks, a column a family of methods.
 
-    summary: rows of `study.scores.compare`; a line joins one method's budgets. groups: task -> what its score is.
+    summary: rows of `study.scores.compare`; a line joins one method's budgets. groups: task -> what its score is. cost: one of
+    COSTS, shares of what no pruning costs.
     """
     columns = families(list(dict.fromkeys(summary.method)))
     figure = Figure(figsize=(2.5 * max(2, len(columns)), 2.1 * len(groups) + 1.4))
@@ -43,15 +45,15 @@ def pareto(summary: pd.DataFrame, groups: dict[str, str]) -> Figure:
         axis.set_title(family, fontsize=10)
     for line, (task, unit) in zip(axes, groups.items(), strict=True):
         for axis, names in zip(line, columns.values(), strict=True):
-            _draw(axis, summary[summary.task == task], names)
+            _draw(axis, summary[summary.task == task], names, cost)
         line[0].set_ylabel("\n".join([task.replace("_", " "), *wrap(unit, 22)]), fontsize=8)
     for axis in axes[-1]:
-        axis.set_xlabel("multiply-accumulates\n(% of unpruned)", fontsize=8)
+        axis.set_xlabel(COSTS[cost], fontsize=8)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.42), fontsize=8, frameon=False)
     return figure
 
 
-def _draw(axis, rows: pd.DataFrame, names: list[str]) -> None:
+def _draw(axis, rows: pd.DataFrame, names: list[str], cost: str) -> None:
     """The unpruned score as a line and band, random pruning dotted, and each method in its own hue and mark."""
     full = rows[rows.method == "Full"].iloc[0]
     axis.axhline(full.value, color="black", linewidth=0.9)
@@ -66,7 +68,7 @@ def _draw(axis, rows: pd.DataFrame, names: list[str]) -> None:
         line = rows[rows.method == method].sort_values("retention")
         if len(line):
             error = np.stack([line.value - line.low, line.high - line.value])
-            axis.errorbar(100 * line.macs_share, line.value, error, **style, markersize=4, linewidth=1, elinewidth=0.6)
+            axis.errorbar(100 * line[cost], line.value, error, **style, markersize=4, linewidth=1, elinewidth=0.6)
 
 
 def loss_heat(summary: pd.DataFrame, retention: float) -> Figure:
