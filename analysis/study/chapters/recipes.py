@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from study.book import Chapter
-from study.chapters.headroom import BUDGET, SIGNED, at_hand, captured_said, dyrate, label, percent
+from study.chapters.headroom import BUDGET, SIGNED, at_hand, captured_said, dyrate, dyrate_shown, label, percent
 from study.headroom.confirm import EQUAL, MAX_NEW_TOKENS, by_recipe, controllers, generated, questions
 from study.headroom.frontier import at_budget
 from study.headroom.report import BEST_OTHER, PAPER, Measured, library
@@ -62,7 +62,7 @@ def variants(lab: Measured) -> pd.DataFrame:
 def variants_shown(table: pd.DataFrame) -> pd.DataFrame:
     """`variants` for the page: what each is, what it gains and captures."""
     said = [VARIANTS.get(recipe.split("-")[0], "the paper's") for recipe in table.recipe]
-    shown = losses_shown(table)
+    shown = dyrate_shown(table)
     shown.insert(2, "what it is", said)
     return shown.drop(columns="laboratory")
 
@@ -129,30 +129,16 @@ def wrong_signs(table: pd.DataFrame) -> dict[float, list[str]]:
     return {size: [t for t, v in zip(of.task, of.value, strict=True) if v * truth[t] < 0] for size, of in rows.groupby("size")}
 
 
-def losses_shown(table: pd.DataFrame) -> pd.DataFrame:
-    """`losses` for the page."""
-    if table.empty:
-        return pd.DataFrame({"laboratory": ["no predictor is trained for these models yet"]})
-    captured = [captured_said(row) for row in table.itertuples()]
-    return _gains_shown(table, table.controller).assign(**{"captured headroom": captured})
-
-
 def answers_shown(table: pd.DataFrame) -> pd.DataFrame:
     """`answers` for the page."""
     if table.empty:
         return pd.DataFrame({"laboratory": ["no answers of trained predictors are generated yet"]})
-    at = {equal: table[table.equal == equal].reset_index(drop=True) for equal in EQUAL}
-    shown = _gains_shown(at["retention"], at["retention"].score)
-    gains = [in_words(row, SIGNED) for row in at["computation"].to_dict("records")]
-    return shown.assign(computation=at["computation"].computation, **{"gain at equal computation": gains})
-
-
-def _gains_shown(table: pd.DataFrame, reached: pd.Series) -> pd.DataFrame:
-    """Each recipe beside its constant. reached: what DyRate reaches, in the unit of the constant's column."""
+    same, as_dear = (table[table.equal == equal].reset_index(drop=True) for equal in EQUAL)
+    gain, gain_as_dear = ([in_words(row, SIGNED) for row in of.to_dict("records")] for of in (same, as_dear))
     return pd.DataFrame({
-        "laboratory": table.laboratory, "recipe": table.recipe, "trainings": table.seeds, "answers": table.n,
-        "measured retention": table.retention, "constant": table.constant, "DyRate": reached,
-        "gain on the constant": [in_words(row, SIGNED) for row in table.to_dict("records")],
+        "laboratory": same.laboratory, "recipe": same.recipe, "trainings": same.seeds, "answers": same.n,
+        "measured retention": same.retention, "constant": same.constant, "DyRate": same.score,
+        "gain on the constant": gain, "computation": as_dear.computation, "gain at equal computation": gain_as_dear,
     })  # fmt: skip
 
 
