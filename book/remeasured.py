@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from statistics import NormalDist
 
 import pandas as pd
 
@@ -18,21 +19,26 @@ def agreement(here: dict[str, dict], reference: dict[str, dict]) -> pd.DataFrame
     """One row for each headline number that both runs have with an interval: `COLUMNS`, and both numbers.
 
     in its interval: whether the number measured here lies in the reference's 95 % interval. agrees: whether the two differ by no
-    more than the intervals of both allow, the root of the summed squares of their halves that face each other; a small sample has
-    a wide interval, and is not held to the narrow one.
+    more than the intervals of both allow, the root of the summed squares of their halves that face each other, widened so that
+    all numbers of a chapter agree at once in 95 % of honest runs (Bonferroni's correction); a small sample has a wide interval,
+    and is not held to the narrow one.
     """
-    rows = []
-    for key, there in reference.items():
-        mine = here.get(key, {})
-        if not all("low" in number and math.isfinite(number["low"]) for number in (mine, there)):
-            continue
+    both = {key: (here[key], there) for key, there in reference.items() if key in here}
+    both = {key: pair for key, pair in both.items() if all(math.isfinite(number.get("low", math.inf)) for number in pair)}
+    wider, rows = _quantile(0.05 / max(1, len(both))) / _quantile(0.05), []
+    for key, (mine, there) in both.items():
         lower, higher = sorted((mine, there), key=lambda number: number["value"])
-        allowed = math.hypot(lower["high"] - lower["value"], higher["value"] - higher["low"])
+        allowed = wider * math.hypot(lower["high"] - lower["value"], higher["value"] - higher["low"])
         rows.append({
             "number": key, "here": mine, "reference": there, "in its interval": there["low"] <= mine["value"] <= there["high"],
             "agrees": higher["value"] - lower["value"] <= allowed + 1e-9,
         })  # fmt: skip
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _quantile(missed: float) -> float:
+    """How many standard deviations a two-sided interval reaches that misses with this probability."""
+    return NormalDist().inv_cdf(1 - missed / 2)
 
 
 def badge(stem: str, content: dict, here: dict | None) -> str:
@@ -94,8 +100,8 @@ def section(made: list, here: dict[str, dict]) -> str:
     table["agrees"] = table.agrees.replace("no", "[no]{.differs}")
     text = (
         f"{{numref}}`{LABEL}` has every headline number with an interval that was measured again on the machine that built this "
-        "book. It *agrees* with the reference where the two differ by no more than both 95 % intervals allow; by chance about "
-        "one in twenty does not. Where a quick run also trains less, its numbers can differ for that reason.\n\n"
+        "book. It *agrees* with the reference where the two differ by no more than both 95 % intervals allow, widened for the "
+        "number of comparisons in a chapter. Where a quick run also trains less, its numbers can differ for that reason.\n\n"
     )
     shown = shown_table(table[["chapter", *COLUMNS]], "Headline numbers measured again, with 95 % intervals.", LABEL)
     return f"{start}{text}{shown.data}\n\n"

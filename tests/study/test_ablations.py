@@ -93,6 +93,8 @@ def test_a_line_is_compared_with_a_constant_at_the_same_retention():
     assert over[["0.5", "0.2"]].tolist() == pytest.approx([0, 0], abs=1e-12)  # a constant is as good as itself
     assert over[["same", "between"]].tolist() == pytest.approx([0.1, 0.3 - 0.4])
     assert np.isnan(over["too few"]) and table.over_low.notna().sum() == 4
+    shown = ablations.shown(table, "slots").set_index("label")
+    assert shown["over a constant"]["same"] == "+0.100 (+0.100 to +0.100)" and shown["over a constant"]["too few"] == ""
     assert (table.over_all_low.dropna() <= table.over_low[table.over_all_low.notna()]).all()  # correcting widens
     text = ablations.finding(table, "`m`", dropped=True)
     assert "*a* matters most (95 % intervals): +0.100 (+0.100 to +0.100) with *same* against -0.100" in text

@@ -167,6 +167,12 @@ def test_a_small_sample_agrees_by_both_intervals(here, inside, agrees):
     assert (row["in its interval"], row["agrees"]) == (inside, agrees)
 
 
+def test_of_many_numbers_few_differ_by_chance():
+    there, here = {"value": 1.0, "low": 0.8, "high": 1.2}, {"value": 1.35, "low": 1.1, "high": 1.6}
+    alone, many = (remeasured.agreement({str(i): here for i in range(n)}, {str(i): there for i in range(n)}) for n in (1, 20))
+    assert not alone.agrees.any() and many.agrees.all()
+
+
 def test_numbers_without_intervals_are_not_judged():
     plain, whole = {"value": 1.0}, {"value": 1.0, "low": 0.0, "high": 2.0}
     wide = {"value": 1.0, "low": -math.inf, "high": math.inf}

@@ -205,6 +205,23 @@ def once(table: pd.DataFrame) -> pd.DataFrame:
     return table.drop_duplicates(["task", "value", "retention", "macs", "tokens"])
 
 
+def shown(table: pd.DataFrame, unit: str) -> pd.DataFrame:
+    """`summary` of one task for the page, each line once; blank: not compared. unit: what its score is."""
+    lines = once(table)
+    unpruned = table[(table.group == CONSTANT) & (table.retention == 1)].macs
+    whole = unpruned.item() if len(unpruned) else float("nan")
+
+    def said(name: str, form: str, value: str = "") -> list[str]:
+        ends = [{"value": r[value or name], "low": r[f"{name}low"], "high": r[f"{name}high"]} for r in lines.to_dict("records")]
+        return ["" if np.isnan(each["value"]) else in_words(each, form) for each in ends]
+
+    return pd.DataFrame({
+        "group": lines.group, "label": lines.label, unit: said("", ".3f", "value"), "retention": lines.retention,
+        "computation": lines.macs / whole, "over a constant": said("over_", "+.3f", "over"),
+        "at equal computation": said("at_cost_", "+.3f", "at_cost"), "tokens": lines.tokens,
+    })  # fmt: skip
+
+
 def difference(rows: pd.DataFrame, one: str, other: str) -> dict | None:
     """Paired difference in score between the lines of two labels, with its interval; None where one of them was not measured."""
     scores = [rows[rows.label == label].drop_duplicates("sample").set_index("sample").score for label in (one, other)]
