@@ -96,6 +96,6 @@ def provenance(profile: str, values: dict, state: dict[str, str], seconds: float
     }  # fmt: skip
 
 
-def recorded(headline: Path, what: str = "provenance") -> dict:
-    """The provenance of a result, or what it was "drawn" from; empty where there is no finished one."""
-    return json.loads(headline.read_text()).get(what, {}) if headline.exists() else {}
+def recorded(headline: Path) -> dict:
+    """The provenance of a result; empty where there is no finished one."""
+    return json.loads(headline.read_text()).get("provenance", {}) if headline.exists() else {}

@@ -204,12 +204,18 @@ def where(notebook: Path, profile: str, values: dict) -> tuple[Path, Path]:
     return ROOT / "build" / "analysis" / profile / notebook.name, ROOT / results / f"{notebook.stem}.json"
 
 
+def drawn_from(executed: Path) -> Path:
+    """The file beside an executed notebook that says from what it was drawn; what it was measured from is in its results."""
+    return executed.with_suffix(".drawn.json")
+
+
 def changes(notebook: Path, profile: str, values: dict) -> list[str]:
     """Which conditions differ from those under which the chapter was last measured."""
     executed, headline = where(notebook, profile, values)
     state = fingerprint(notebook, values)
-    known = recorded(headline, "drawn" if values.get("draw") else "provenance") if executed.exists() else {}
-    known = known.get("inputs", {})
+    about = json.loads(drawn_from(executed).read_text()) if drawn_from(executed).exists() else {}
+    about = about if values.get("draw") else recorded(headline)
+    known = about.get("inputs", {}) if executed.exists() else {}
     return [name for name, value in state.items() if value != known.get(name)]
 
 
@@ -301,7 +307,8 @@ def finish(chapter: Running, jobs: int, expected: float | None = None) -> bool:
     elif chapter.process.exitcode == 0:
         content, beside = json.loads(headline.read_text()), headline.parent / "rows" / notebook.stem / PROVENANCE
         if chapter.values.get("draw"):
-            content |= {"provenance": json.loads(beside.read_text()), "drawn": {"inputs": chapter.state}}
+            content |= {"provenance": json.loads(beside.read_text()), "drawn": True}
+            write_whole(drawn_from(executed), json.dumps({"inputs": chapter.state}) + "\n")
         else:
             state = chapter.state | trained_here(notebook, chapter.values)
             content["provenance"] = provenance(chapter.profile, chapter.values, state, seconds, jobs)
