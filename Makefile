@@ -44,7 +44,7 @@ html: drawn
 
 test: .venv/installed
 	$(RUN) -m ruff check .
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check-results: .venv/installed
 	$(RUN) analysis/run.py --profile pocket --check

@@ -51,7 +51,7 @@ def badge(stem: str, content: dict, here: dict | None) -> str:
         return _div("remeasured", "Computed from committed results when this book was built: this page measures nothing itself.")
     if "drawn" not in content:
         return _div("remeasured", f"Measured with the profile `{about['profile']}` on {about['device']}.")
-    shown = f"Drawn from the committed rows of the reference run (`{about['profile']}`, {about['device']})"
+    shown = f"Drawn from the committed rows of the {{term}}`reference run` (`{about['profile']}`, {about['device']})"
     if here is None:
         return _div("remeasured", f"{shown}; not measured again on the machine that built this book.")
     found = agreement(here["numbers"], content["numbers"])

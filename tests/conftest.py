@@ -6,6 +6,12 @@ import torch
 import families
 import laws
 
+LONGEST = ("test_study.py", "test_profiles.py", "test_runs.py")  # minutes each: first, or one worker ends long after the other
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session", params=families.FAMILIES, ids=lambda make: make.__name__)
 def family(request):
