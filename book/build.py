@@ -113,6 +113,7 @@ def write_pages(executed: list[Path], repository: str | None, here: dict[str, di
         phones.save_pictures(notebook, BOOK / "_assets")
         content = json.loads((results / f"{page.stem}.json").read_text())
         linked = links.with_links(notebook, page.name, repository, results)
+        # below the title and its links
         linked.cells.insert(2, nbformat.v4.new_markdown_cell(remeasured.badge(page.stem, content, here.get(page.stem))))
         nbformat.write(linked, BOOK / "analysis" / page.name)
         made.append((page.stem, heading, content))

@@ -64,13 +64,9 @@ def badge(stem: str, content: dict, here: dict | None) -> str:
         f"{len(found)}** headline numbers agree with the reference, {inside} lie in its 95 % interval "
         f"({{numref}}`{LABEL}`)."
     )
-    differ = [f"[`{row.number}`: here {said(row.here)}, reference {said(row.reference)}]{{.differs}}" for row in wrong(found)]
+    wrong = found[~found.agrees.astype(bool)].itertuples()
+    differ = [f"[`{row.number}`: here {said(row.here)}, reference {said(row.reference)}]{{.differs}}" for row in wrong]
     return _div("remeasured", text + (f" These differ: {'; '.join(differ)}." if differ else ""))
-
-
-def wrong(found: pd.DataFrame) -> list:
-    """The rows of `agreement` that do not agree."""
-    return list(found[~found.agrees.astype(bool)].itertuples())
 
 
 def said(number: dict) -> str:
@@ -92,12 +88,10 @@ def section(made: list, here: dict[str, dict]) -> str:
     tables = [agreement(here[stem]["numbers"], of["numbers"]).assign(chapter=stem) for stem, _, of in made if stem in here]
     if not tables or (table := pd.concat(tables, ignore_index=True)).empty:
         return f"{start}No chapter of this book was measured again beside the run that it shows.\n\n"
-    table = table.assign(
-        here=table.here.map(said), reference=table.reference.map(said),
-        **{column: table[column].map({True: "yes", False: "no"}) for column in ("in its interval", "agrees")},
-    )  # fmt: skip
     table["number"] = table.number.str.replace("_", " ")  # so that a long name breaks
-    table["agrees"] = table.agrees.replace("no", "[no]{.differs}")
+    table["here"], table["reference"] = table.here.map(said), table.reference.map(said)
+    table["in its interval"] = table["in its interval"].map({True: "yes", False: "no"})
+    table["agrees"] = table.agrees.map({True: "yes", False: "[no]{.differs}"})
     text = (
         f"{{numref}}`{LABEL}` has every headline number with an interval that was measured again on the machine that built this "
         "book. It *agrees* with the reference where the two differ by no more than both 95 % intervals allow, widened for the "

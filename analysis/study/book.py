@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import TypeVar, get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -20,10 +20,10 @@ from myst_nb import glue
 
 from dyrate.atomic import write_whole
 from dyrate.data import Examples, one_line
-from study import rows
 from study.figures import phone
-from study.profiles import ROOT
+from study.profiles import ROOT, rows_of
 from study.protocol import protocol_rows
+from study.rows import keep, kept
 
 T = TypeVar("T")
 NUMBER = ("value", "low", "high", "n")  # what is recorded of a number with its interval
@@ -63,8 +63,14 @@ class Chapter:
         glue(f"{key}_plain", self.texts[key], display=False)
 
     def measured(self, measure: Callable[..., T], *, draw: bool, **parameters) -> T:
-        """What `measure(**parameters)` returns, kept as rows beside its results; draw: what an earlier run kept there."""
-        return rows.measured(measure, self.folder / "rows" / self.name, draw=draw, **parameters)
+        """What `measure(**parameters)` returns, kept as rows beside its results; draw: what an earlier run kept there.
+
+        Both are read from the files, so that a page drawn later shows the same. Raises FileNotFoundError where there are none.
+        """
+        folder = rows_of(self.folder, self.name)
+        if not draw:
+            keep(measure(**parameters), folder)
+        return kept(get_type_hints(measure)["return"], folder)
 
     def table(self, file: str, frame: pd.DataFrame) -> None:
         """Write the rows behind a figure as CSV."""

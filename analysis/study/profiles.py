@@ -12,6 +12,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout
 NOTEBOOKS = sorted((ROOT / "analysis").glob("[0-9][0-9]_*.ipynb"))
 
+PROVENANCE = "provenance.json"  # beside the rows of a chapter: of the run that measured them
+
 Plan = list[tuple[Path, dict]]  # notebooks with the parameters that a profile gives them
 
 
@@ -96,24 +98,24 @@ def drawn(profile: str, plan: Plan) -> Plan:
     for notebook, values in plan:
         if "draw" in defaults(notebook):
             values = {"results": f"data/results/{profile}"} | values | {"draw": True}
-            if not rows_of(notebook, values["results"]).exists():
+            if not (rows_of(values["results"], notebook.stem) / PROVENANCE).exists():
                 how = f"measure them with `python analysis/run.py --profile {profile} --only {notebook.name[:2]}`"
                 raise FileNotFoundError(f"{notebook.stem} has no rows in {values['results']} to draw from: {how}")
         found.append((notebook, values))
     return found
 
 
-def rows_of(notebook: Path, results: str) -> Path:
+def rows_of(results: str | Path, chapter: str) -> Path:
     """The folder of what a chapter measured, from which its page is drawn (`study.book.Chapter.measured`)."""
-    return ROOT / results / "rows" / notebook.stem
+    return ROOT / results / "rows" / chapter
 
 
 def planned(plan: Plan) -> dict[str, list[str]]:
     """The predictors that chapter 2 will have trained when later chapters want them: folder -> names."""
     found = {}
     for notebook, values in plan:
-        v = {**defaults(notebook), **values}
-        if notebook.stem.startswith("02") and not v.get("draw"):
+        if notebook.stem.startswith("02") and not values.get("draw"):
+            v = {**defaults(notebook), **values}
             found[v["predictors"]] = [f"{v['residency']}-{budget:g}" for budget in v["budgets"]]
     return found
 

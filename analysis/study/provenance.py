@@ -16,9 +16,8 @@ import torch
 from dyrate.models import origin
 from study.examples import SCENES
 from study.hub_sets import SETS
-from study.profiles import ROOT, defaults, predictors_of, rows_of
+from study.profiles import PROVENANCE, ROOT, defaults, predictors_of, rows_of
 
-PROVENANCE = "provenance.json"  # beside the rows of a chapter: of the run that measured them
 PACKAGES = ("torch", "transformers", "numpy", "pandas", "matplotlib", "pillow", "papermill", "pycocoevalcap")
 
 
@@ -38,7 +37,7 @@ def inputs(notebook: Path, values: dict) -> dict[str, list[Path]]:
     found = {"notebook": [notebook], "code": [*files(ROOT / "dyrate"), *files(ROOT / "analysis" / "study")]}
     found["reported tables"] = files(ROOT / "data" / "reported")
     if v.get("draw"):
-        return found | {"rows": [path for path in files(rows_of(notebook, v["results"])) if path.name != PROVENANCE]}
+        return found | {"rows": [path for path in files(rows_of(v["results"], notebook.stem)) if path.name != PROVENANCE]}
     if "model" in v and isinstance(folder := origin(v["model"])["pretrained_model_name_or_path"], Path):
         found["model"] = [path for path in files(folder) if path.parent == folder]
     if v.get("source", "pocket") not in (*SCENES, *SETS):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar, get_type_hints
@@ -36,26 +36,12 @@ def read_answers(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, keep_default_na=False, dtype={"sample": str, "scene": str})
 
 
-def measured(measure: Callable[..., T], folder: Path, *, draw: bool = False, **parameters) -> T:
-    """What a chapter's `measure(**parameters)` returns, which is kept in a folder; draw: what an earlier run kept there.
-
-    Both are read from the files, so that a page drawn later shows the same. Raises FileNotFoundError where there are none.
-    """
-    if not draw:
-        keep(measure(**parameters), folder)
-    elif not (folder / ABOUT).exists():
-        raise FileNotFoundError(f"{folder} holds no rows to draw from: measure them first, with draw = False")
-    return kept(get_type_hints(measure)["return"], folder)
-
-
 def keep(found, folder: Path) -> None:
-    """Write a dataclass: tables as CSV, and in one file what JSON can hold, with the tables' columns.
+    """Write a dataclass in place of what the folder holds: tables as CSV, the rest in one file of JSON, with the tables' columns.
 
-    Raises TypeError for a column of objects that are no text.
+    Raises TypeError for a column of objects that are no text, before anything is replaced.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ABOUT).unlink(missing_ok=True)
-    about, columns = {}, {}
+    tables, columns, about = {}, {}, {}
     for name in (field.name for field in fields(found)):
         value = getattr(found, name)
         if isinstance(value, Examples):
@@ -63,16 +49,20 @@ def keep(found, folder: Path) -> None:
         if not isinstance(value, pd.DataFrame):
             about[name] = value
             continue
-        columns[name] = {str(column): str(kind) for column, kind in value.dtypes.items()}
+        tables[name], columns[name] = value, {str(column): str(kind) for column, kind in value.dtypes.items()}
         for column in (c for c, kind in columns[name].items() if kind in TEXT):
             if not value[column].map(lambda x: isinstance(x, str)).all():
                 raise TypeError(f"{type(found).__name__}.{name}: not all of the column {column!r} is text")
-        write_rows(folder / f"{name}.csv.gz", value)
+    shutil.rmtree(folder, ignore_errors=True)  # with the provenance of the run that left it
+    for name, table in tables.items():
+        write_rows(folder / f"{name}.csv.gz", table)
     write_whole(folder / ABOUT, json.dumps({"columns": columns, "about": about}, indent=1) + "\n")
 
 
 def kept(kind: type[T], folder: Path) -> T:
-    """The dataclass that `keep` wrote."""
+    """The dataclass that `keep` wrote. Raises FileNotFoundError where there is none."""
+    if not (folder / ABOUT).exists():
+        raise FileNotFoundError(f"{folder} holds no rows to draw from: measure them first, with draw = False")
     content = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     values, hints = content["about"], get_type_hints(kind)
     for name, columns in content["columns"].items():

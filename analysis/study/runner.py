@@ -33,8 +33,8 @@ from dyrate.models import read_config
 from study import planning
 from study.bench.machine import name_of_device, probe
 from study.examples import examples
-from study.profiles import ROOT, Plan, defaults, drawn, planned, predictors_of, read_plan, reads
-from study.provenance import PROVENANCE, fingerprint, provenance, recorded, trained_here
+from study.profiles import PROVENANCE, ROOT, Plan, defaults, drawn, planned, predictors_of, read_plan, reads, rows_of
+from study.provenance import fingerprint, provenance, recorded, trained_here
 
 BAD_INPUT = (ValueError, FileNotFoundError, ImportError)
 LONG = 20 * 60  # seconds of work that are asked for first
@@ -205,7 +205,7 @@ def where(notebook: Path, profile: str, values: dict) -> tuple[Path, Path]:
 
 
 def drawn_from(executed: Path) -> Path:
-    """The file beside an executed notebook that says from what it was drawn; what it was measured from is in its results."""
+    """The file beside a drawn notebook with the provenance of the drawing; that of the measuring is in its results."""
     return executed.with_suffix(".drawn.json")
 
 
@@ -213,8 +213,7 @@ def changes(notebook: Path, profile: str, values: dict) -> list[str]:
     """Which conditions differ from those under which the chapter was last measured."""
     executed, headline = where(notebook, profile, values)
     state = fingerprint(notebook, values)
-    about = json.loads(drawn_from(executed).read_text()) if drawn_from(executed).exists() else {}
-    about = about if values.get("draw") else recorded(headline)
+    about = recorded(drawn_from(executed) if values.get("draw") else headline)
     known = about.get("inputs", {}) if executed.exists() else {}
     return [name for name, value in state.items() if value != known.get(name)]
 
@@ -305,16 +304,16 @@ def finish(chapter: Running, jobs: int, expected: float | None = None) -> bool:
     if chapter.process.exitcode == 0 and recorded(headline):  # what the last run left
         print(f"error: {notebook.name} does not close its chapter", file=sys.stderr)
     elif chapter.process.exitcode == 0:
-        content, beside = json.loads(headline.read_text()), headline.parent / "rows" / notebook.stem / PROVENANCE
+        content, rows = json.loads(headline.read_text()), rows_of(headline.parent, notebook.stem)
         if chapter.values.get("draw"):
-            content |= {"provenance": json.loads(beside.read_text()), "drawn": True}
-            write_whole(drawn_from(executed), json.dumps({"inputs": chapter.state}) + "\n")
+            content |= {"provenance": json.loads((rows / PROVENANCE).read_text()), "drawn": True}
+            write_whole(drawn_from(executed), json.dumps({"provenance": {"inputs": chapter.state}}) + "\n")
         else:
             state = chapter.state | trained_here(notebook, chapter.values)
             content["provenance"] = provenance(chapter.profile, chapter.values, state, seconds, jobs)
+            if rows.exists():
+                write_whole(rows / PROVENANCE, json.dumps(content["provenance"], indent=1) + "\n")
         write_whole(headline, json.dumps(content, indent=1) + "\n")
-        if beside.parent.exists() and not chapter.values.get("draw"):
-            write_whole(beside, json.dumps(content["provenance"], indent=1) + "\n")
         part.replace(executed)
         estimate = f", {expected:.0f} s were estimated" if expected is not None else ""
         print(f"{notebook.stem}: done in {seconds:.1f} s{estimate}", flush=True)

@@ -64,6 +64,16 @@ def test_a_column_that_would_not_come_back_is_named(tmp_path):
         keep(found(paths=[[1], [2]]), tmp_path)
     with pytest.raises(FileNotFoundError):
         kept(Found, tmp_path)
+    keep(found(), tmp_path)
+    with pytest.raises(TypeError):
+        keep(found(paths=[[1], [2]]), tmp_path)
+    assert kept(Found, tmp_path).mean == found().mean  # what was there stays
+
+
+def test_rows_do_not_keep_the_provenance_of_another_run(tmp_path):
+    (tmp_path / "provenance.json").write_text("{}")
+    keep(found(), tmp_path)
+    assert not (tmp_path / "provenance.json").exists()
 
 
 def test_a_chapter_draws_what_it_measured_before(tmp_path):

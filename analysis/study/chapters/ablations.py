@@ -182,7 +182,7 @@ def beside_reported(name: str, table: pd.DataFrame, unit: str) -> pd.DataFrame:
     """
     reported = pd.read_csv(ROOT / "data" / "reported" / f"{name}.csv", dtype=str)
     lines = table.drop_duplicates(["group", "label"]).set_index(["group", "label"])
-    whole = lines.macs.get((CONSTANT, "1"), np.nan)
+    whole = _unpruned(table)
     rows = []
     for strategy in reported.strategy:
         where = REPORTED.get(strategy)
@@ -208,18 +208,18 @@ def once(table: pd.DataFrame) -> pd.DataFrame:
 def shown(table: pd.DataFrame, unit: str) -> pd.DataFrame:
     """`summary` of one task for the page, each line once; blank: not compared. unit: what its score is."""
     lines = once(table)
-    unpruned = table[(table.group == CONSTANT) & (table.retention == 1)].macs
-    whole = unpruned.item() if len(unpruned) else float("nan")
-
-    def said(name: str, form: str, value: str = "") -> list[str]:
-        ends = [{"value": r[value or name], "low": r[f"{name}low"], "high": r[f"{name}high"]} for r in lines.to_dict("records")]
-        return ["" if np.isnan(each["value"]) else in_words(each, form) for each in ends]
-
+    rows = [row for _, row in lines.iterrows()]
     return pd.DataFrame({
-        "group": lines.group, "label": lines.label, unit: said("", ".3f", "value"), "retention": lines.retention,
-        "computation": lines.macs / whole, "over a constant": said("over_", "+.3f", "over"),
-        "at equal computation": said("at_cost_", "+.3f", "at_cost"), "tokens": lines.tokens,
+        "group": lines.group, "label": lines.label, unit: [in_words(row, ".3f") for row in rows], "retention": lines.retention,
+        "computation": lines.macs / _unpruned(table), "over a constant": [_difference(row, "over") for row in rows],
+        "at equal computation": [_difference(row, "at_cost") for row in rows], "tokens": lines.tokens,
     })  # fmt: skip
+
+
+def _unpruned(table: pd.DataFrame) -> float:
+    """The multiply-accumulates of the line that prunes nothing; NaN where it was not measured. table: `summary` of one task."""
+    macs = table[(table.group == CONSTANT) & (table.retention == 1)].macs
+    return macs.item() if len(macs) else float("nan")
 
 
 def difference(rows: pd.DataFrame, one: str, other: str) -> dict | None:
@@ -256,26 +256,26 @@ def _counted(rows: pd.DataFrame, name: str) -> str:
 
 
 def _difference(row: pd.Series, name: str) -> str:
-    return in_words({"value": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]}, "+.3f")
+    """A difference from a constant with its interval, in words; "" where there was none to compare with."""
+    number = {"value": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]}
+    return "" if pd.isna(row[name]) else in_words(number, "+.3f")
 
 
 def _cost_of_dyrate(table: pd.DataFrame) -> str:
     """What the first line under a trained predictor keeps and computes, beside a constant that keeps as much, in words."""
     learned, constant = table[table.method == "DyRate"], table[table.group == CONSTANT].sort_values("retention")
-    unpruned = constant[constant.retention == 1].macs
-    if learned.empty or unpruned.empty:
+    unpruned = _unpruned(table)
+    if learned.empty or np.isnan(unpruned):
         return ""
     line = learned.iloc[0]
     same = np.interp(line.retention, constant.retention, constant.macs)
-    share, of_constant = (100 * macs / unpruned.item() for macs in (line.macs, same))
+    share, of_constant = (100 * macs / unpruned for macs in (line.macs, same))
     text = (
         f" DyRate (*{line.label}*) keeps {line.retention:.2f} of the image tokens at {share:.0f} % of the unpruned "
         f"multiply-accumulates, where a constant rate that keeps as much needs {of_constant:.0f} %"
     )
-    differences = [
-        f"{_difference(line, name)} at equal {what}" for name, what in (("over", "retention"), ("at_cost", "computation"))
-        if pd.notna(line[name])
-    ]  # fmt: skip
+    said = {"retention": _difference(line, "over"), "computation": _difference(line, "at_cost")}
+    differences = [f"{difference} at equal {what}" for what, difference in said.items() if difference]
     return f"{text}; its score differs from a constant's by {' and '.join(differences)}." if differences else f"{text}."
 
 

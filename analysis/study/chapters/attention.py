@@ -89,17 +89,15 @@ def measure(
     main = [r for r in recordings if r.task == tasks[0]]
     heads = np.mean([r.shares[1:, ..., IMAGE].mean(0) for r in main], 0)
     scene_of = {e.name: e.scene for e in examples} if scenes else {}
-    of_main = [scene_of[r.sample] for r in main if scenes]
-    density = focus(main if scenes else [], of_main, [render(scene).cover for scene in of_main])
+    placed = [r for r in main if r.sample in scene_of]
+    shows = [scene_of[r.sample] for r in placed]
+    density = focus(placed, shows, [render(scene).cover for scene in shows])
     return Attention(
-        name, examples, answers, curves(main), trends(main), layer_trends(main), layer_steps(main), _table(heads),
+        name, examples, answers, curves(main), trends(main), layer_trends(main), layer_steps(main),
+        pd.DataFrame(heads).rename(columns=str),
         token_kinds(recordings, scenes), course_by_task(recordings), density, explained_by_step(main),
         heads_over_steps(main, heads), shown(main[:20] if scenes else recordings[:1], density),
     )  # fmt: skip
-
-
-def _table(heads: np.ndarray) -> pd.DataFrame:
-    return pd.DataFrame(heads, columns=[str(i) for i in range(heads.shape[1])])
 
 
 def depths(n_layers: int) -> dict[str, list[int]]:

@@ -312,8 +312,8 @@ def front_page(laboratories: tuple[Laboratory, ...]) -> str:
     counts = "; ".join(f"{above} above and {below} below on {lab.name} ({TRAINED[lab.name]})" for lab, above, below, _ in sides)
     return (
         f"Which tokens stay? Of {len(PUBLISHED)} published methods at a retention ratio of {100 * RETENTION:.0f} %, {TASK}s, "
-        f"against random pruning: {counts}. With the growing answer set aside, attention "
-        f"to the image changes over a {TASK} by {changes}."
+        f"against random pruning: {counts}. With the growing answer set aside, attention to the image changes over a {TASK} by "
+        f"{changes}."
     )
 
 

@@ -239,7 +239,7 @@ def record(chapter: Chapter, laboratories: tuple[Measured, ...], lab: Measured) 
     chapter.number("inert_steps", tables["inert"].set_index("task").loc["all"])
     chapter.text("recipes_finding", finding(laboratories))
     chapter.text("recipes_reasons", reasons(lab))
-    chapter.text("front_page", f"How many, and when? {counted(answers(laboratories)).replace('**', '')}")
+    chapter.text("front_page", f"How many, and when? {counted(answers(laboratories))}")
     for of, rows in answered(laboratories).items():
         n = rows.groupby("task")["sample"].nunique().max()
         chapter.protocol(questions(of, int(n)), max_new_tokens=MAX_NEW_TOKENS)
