@@ -16,7 +16,7 @@ from dyrate.cost import Shape, decode_macs, prefill_macs, read_bytes, tower_macs
 from dyrate.strategies import STRATEGIES
 from dyrate.training import Settings
 from study.bench.machine import Machine
-from study.chapters.comparison import methods
+from study.compared import methods
 from study.examples import SCENES
 from study.memory import parameters, to_answer, to_train
 

@@ -36,6 +36,8 @@ def inputs(notebook: Path, values: dict) -> dict[str, list[Path]]:
     v = {**defaults(notebook), **values}
     found = {"notebook": [notebook], "code": [*files(ROOT / "dyrate"), *files(ROOT / "analysis" / "study")]}
     found["reported tables"] = files(ROOT / "data" / "reported")
+    if v.get("latency") and (ROOT / v["latency"]).exists():  # else the page says that it was not measured
+        found["latency"] = files(ROOT / v["latency"])
     if v.get("draw"):
         return found | {"rows": [path for path in files(rows_of(v["results"], notebook.stem)) if path.name != PROVENANCE]}
     if "model" in v and isinstance(folder := origin(v["model"])["pretrained_model_name_or_path"], Path):

@@ -39,7 +39,7 @@ def measure(model, processor, n: int, *, split: str = "test", batch_size: int = 
     measured = {"cider_short": bootstrap(cider([text for _, text in captions], [e.references for e, _ in captions]))}
     right = [slot_scores(e.scene, text) for e, text in answered("description")]
     sums = np.array([[*r.sum(0), len(r)] for r in right])
-    shares = bootstrap(sums, lambda x, axis: x.sum(axis)[:4] / x.sum(axis)[4])
+    shares = bootstrap(sums, of_means=lambda x: x[..., :4] / x[..., 4:])
     for i, slot in enumerate(SLOTS):
         measured[f"slot_{slot}"] = {k: float(shares[k][i]) for k in ("value", "low", "high")} | {"n": shares["n"]}
     for kind in EASY_KINDS:

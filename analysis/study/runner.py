@@ -16,6 +16,7 @@ import shutil
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -26,11 +27,12 @@ import nbformat
 import papermill
 import torch
 from jupyter_client.kernelspec import KernelSpecManager
+from threadpoolctl import threadpool_limits
 
 from dyrate.atomic import write_whole
 from dyrate.cost import shape_of
 from dyrate.models import read_config
-from study import planning
+from study import kernels, planning
 from study.bench.machine import name_of_device, probe
 from study.examples import examples
 from study.profiles import PROVENANCE, ROOT, Plan, defaults, drawn, planned, predictors_of, read_plan, reads, rows_of
@@ -74,7 +76,8 @@ def main(argv: list[str] | None = None, description: str | None = None) -> int:
         print(f"about {spoken(sum(expected.values()))} on this {name_of_device()}; continue with --yes")
         return 3
     try:
-        failed = run(todo, profile, max(1, given.jobs or default_jobs(todo)), given.force or given.check, expected)
+        with kernels.forked() if given.draw and todo else nullcontext():
+            failed = run(todo, profile, max(1, given.jobs or default_jobs(todo)), given.force or given.check, expected)
     except KeyboardInterrupt:
         print("\ninterrupted: finished chapters and finished answers are kept", file=sys.stderr)
         return 130
@@ -276,7 +279,8 @@ def execute(notebook: Path, part: Path, parameters: dict, threads: int, progress
     os.setsid()  # Ctrl-C reaches the runner alone, with which this process ends, and with this process its kernel
     runner = multiprocessing.parent_process()
     threading.Thread(target=lambda: (wait([runner.sentinel]), os._exit(1)), daemon=True).start()
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of a kernel that starts anew
+    threadpool_limits(threads)  # of one that is forked
     try:
         papermill.execute_notebook(
             str(notebook), str(part), parameters, kernel_name="python3", cwd=str(ROOT), progress_bar=progress,

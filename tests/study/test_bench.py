@@ -14,9 +14,10 @@ from dyrate import teacher_forcing
 from dyrate.cost import LLAVA_7B, LLAVA_13B, read_bytes
 from dyrate.predictor import RatePredictor, gumbel_one_hot
 from live_bytes import LiveBytes
-from study.bench import growth, results, runs, table3
+from study.bench import growth, latency, results, runs, table3
 from study.bench.__main__ import main
 from study.bench.machine import Machine, probe
+from study.book import ROOT
 from study.chapters import efficiency
 from study.memory import parameters, to_answer, to_train
 
@@ -47,6 +48,23 @@ def test_the_small_bench_writes_one_set_of_names(tmp_path):
     assert set(efficiency.savings(content)["case"]) < set(efficiency.LABELS.values())
     assert all(found["low"] <= found["value"] <= found["high"] for found in content["results"].values())
     assert 0 < content["results"]["deciding_share"]["value"] < 1
+
+
+def test_the_time_of_answers_is_measured_beside_no_pruning_for_every_strategy(tmp_path):
+    predictor = ROOT / "data/pocket/dyrate/evict-0.33-seed0"
+    given = ["--batch", "1", "--new-tokens", "3", "--repeats", "2", "--retentions", "0.25", "--predictors", str(predictor)]
+    main(["latency", *given, "--out", str(tmp_path / "latency.json")])
+    content = json.loads((tmp_path / "latency.json").read_text())
+    rows = pd.DataFrame(content["table"])
+    assert {"Full", "FastV 0.25", "VTW 0.25", "DyRate evict-0.33-seed0"} <= set(rows.label) and rows.label.is_unique
+    assert (rows.value > 0).all() and (rows.low <= rows.value).all() and (rows.value <= rows.high).all()
+    assert content["about"]["batch"] == 1 and content["about"]["new_tokens"] == 3 and content["about"]["layers"] == 8
+
+
+def test_an_answer_is_timed_after_the_plain_one_beside_it():
+    timed = []
+    pair = latency._pair(lambda strategy, n: timed.append((strategy, n)) or 2.0 * len(timed), "plain", "pruned", 5)
+    assert timed == [("plain", 5), ("pruned", 5)] and pair == (4.0, 2.0)
 
 
 def test_the_finding_quotes_dyrates_own_share_beside_the_hypothetical_one():

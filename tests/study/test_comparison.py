@@ -1,5 +1,7 @@
 """Chapter 3: which conditions are compared, and what it says of them."""
 
+import json
+
 import pandas as pd
 import pytest
 
@@ -9,13 +11,14 @@ from study.chapters.comparison import (
     against_random,
     against_random_shown,
     finding,
-    lineup,
     measure,
-    methods,
     relevance_sentence,
     short_answers,
+    with_latency,
 )
-from study.figures.comparison import families
+from study.compared import lineup, methods
+from study.figures.comparison import families, pareto
+from study.scores import compare
 
 
 def test_the_lineup_has_every_strategy_at_every_retention():
@@ -108,14 +111,14 @@ def test_the_finding_counts_methods_at_both_costs_on_every_group_of_tasks():
     measured = Comparison({}, dyrate.Examples([], "none"), pd.concat(rows))
     text = finding(measured, "`a` (scenes)", dropped=True)
     assert text.startswith(
-        "**`a` (scenes) was trained with random dropping, which favours random pruning: at equal measured retention 1 of 2 "
-        "published methods score lower than random pruning on descriptions, 0 of 2 on captions; 1 on descriptions, 1 on captions "
-        "score higher. At equal multiply-accumulates 2 of 2 published methods score lower than random pruning on descriptions, "
-        "1 of 2 on captions; none scores higher.** DyRate minus random pruning: at equal measured retention +0.05"
+        "**`a` (scenes) was trained with random dropping, which favours random pruning: the published methods that score lower "
+        "than random pruning are 1 of 2 on descriptions, 0 of 2 on captions (higher: 1 on descriptions, 1 on captions) at equal "
+        "measured retention; 2 of 2 on descriptions, 1 of 2 on captions (higher: none) at equal multiply-accumulates.** DyRate "
+        "minus random pruning on descriptions: +0.05 (+0.05 to +0.05) at equal measured retention, -0.05 (-0.05 to -0.05) at "
+        "equal multiply-accumulates. Each method counts by the mean of its settings, which keep 0.50 to 0.50 of the image "
+        "tokens, over 4 scenes;"
     )
-    assert "at equal multiply-accumulates -0.05 (-0.05 to -0.05) on descriptions" in text
-    assert "which keep 0.50 to 0.50 of the image tokens, over 4 scenes and 2 tasks" in text
-    assert finding(measured, "`a` (scenes)", dropped=False).startswith("**With `a` (scenes), at equal measured retention 1 of 2")
+    assert finding(measured, "`a` (scenes)", dropped=False).startswith("**With `a` (scenes), the published methods that score")
     shown = against_random_shown(measured.against_random)
     assert list(shown)[:2] == ["method", "descriptions, equal measured retention"] and shown.shape == (2, 5)
 
@@ -128,6 +131,24 @@ def test_without_random_pruning_the_finding_compares_with_no_pruning():
         "significantly lower on descriptions (95 % intervals, 4 answers).**"
     )
     assert against_random_shown(measured.against_random).to_dict("list") == {"method": ["none was compared"]}
+
+
+def test_scores_are_set_beside_times_where_those_were_measured(tmp_path):
+    summary = compare(conditions(*RANDOM, ("FastV", "f 0.5", 0.5, 60, 0.7), ("DART", "d", 0.5, 60, 0.7)))
+    none, said = with_latency(summary, tmp_path / "latency.json")
+    assert none.empty and "not measured" in said
+    times = {"Full": (1.0, 0.9, 1.1), "f 0.5": (0.8, 0.7, 0.9), "elsewhere": (1.2, 1.1, 1.3), "r 0.5": (0.7, 0.6, 0.8)}
+    methods = {"Full": "Full", "f 0.5": "FastV", "elsewhere": "VTW", "r 0.5": "RandomPrune"}
+    table = [
+        {"label": k, "method": methods[k]} | dict(zip(("value", "low", "high"), ends, strict=True)) for k, ends in times.items()
+    ]
+    about = {"repeats": 3, "parameters": 6.1e6, "batch": 8, "new_tokens": 40, "device": "a CPU"}
+    (tmp_path / "latency.json").write_text(json.dumps({"about": about, "table": table}))
+    timed, said = with_latency(summary, tmp_path / "latency.json")
+    assert dict(zip(timed.label, timed.latency, strict=True)) == {"Full": 1.0, "f 0.5": 0.8, "r 0.5": 0.7}  # d was not timed
+    assert said.startswith("Of 2 settings of published methods 1 answer faster than the unpruned model and 1 slower")
+    assert "The fastest, f 0.5, takes 0.80 (0.70 to 0.90) of the time, where it computes 0.60 of the multiply-acc" in said
+    assert len(pareto(timed, {"description": "right slots"}, "latency").axes) == 1
 
 
 def test_without_a_run_of_lmms_eval_only_what_was_reported_is_shown():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import pandas as pd
 
@@ -14,8 +16,9 @@ from dyrate.generation import encode
 from dyrate.models import describe
 from dyrate.strategy import STRATEGIES, retention_of
 from study import controls  # noqa: F401  (registers its strategies)
-from study.answers import Condition, answer_all
+from study.answers import answer_all
 from study.book import ROOT, Chapter
+from study.compared import lineup
 from study.examples import examples as study_examples
 from study.examples import has_scenes
 from study.intervals import bootstrap, in_words, interpolated, verdict
@@ -156,29 +159,37 @@ def image_tokens(model, processor, examples: Examples) -> int:
     return counts.pop()
 
 
-def lineup(retentions: Sequence[float], n_layers: int, names: Sequence[str] = (), *, scenes: bool = True) -> list[Condition]:
-    """Strategies to compare: Full, and each of `names` (default: all that are `compared`) at each retention ratio.
-
-    scenes: False for photographs, of which nobody knows what they show: without the strategies that need to. Raises
-    ValueError for a name that no strategy has.
-    """
-    conditions = [Condition("Full", STRATEGIES["Full"](), "Full")]
-    for name in methods(names, scenes=scenes):
-        conditions += [Condition(f"{name} {x:g}", STRATEGIES[name].at(x, n_layers), name, x) for x in retentions]
-    return conditions
-
-
-def methods(names: Sequence[str] = (), *, scenes: bool = True) -> list[str]:
-    """The strategies beside Full in `lineup`, by name."""
-    if unknown := set(names) - set(STRATEGIES):
-        raise ValueError(f"no strategy is called {sorted(unknown)}; there are {sorted(STRATEGIES)}")
-    every = [name for name, cls in STRATEGIES.items() if cls.compared and (scenes or "scene" not in cls.needs)]
-    return list(names) or [name for name in every if name != "Full"]
-
-
 def group_of(task: str) -> str:
     """The group of tasks that share a panel: all questions, or the task itself."""
     return "questions" if task.startswith("qa_") else task
+
+
+def with_latency(summary: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, str]:
+    """Rows of `compare` whose setting was timed, with `latency`, its time relative to no pruning; and what that says.
+
+    path: written by `python -m study.bench latency`; where there is none no row is left.
+    """
+    if not path.is_file():
+        return summary[:0].assign(latency=0.0), "Times were not measured for this run; `python -m study.bench latency` does."
+    content = json.loads(path.read_text(encoding="utf-8"))
+    about, times = content["about"], pd.DataFrame(content["table"]).set_index("label")
+    timed = summary[summary.label.isin(times.index)]
+    timed = timed.assign(latency=timed.label.map(times.value))
+    ours = times[times.method.map(published)]
+    faster, slower = ours[ours.high < 1], ours[ours.low > 1]
+    macs = timed.drop_duplicates("label").set_index("label").macs_share
+    text = (
+        f"Of {len(ours)} settings of published methods {len(faster)} answer faster than the unpruned model and {len(slower)} "
+        f"slower (95 % intervals over {about['repeats']} repeats). "
+    )
+    if len(faster):
+        best = faster.loc[faster.value.idxmin()]
+        share = f", where it computes {macs[best.name]:.2f} of the multiply-accumulates" if best.name in macs else ""
+        text += f"The fastest, {best.name}, takes {in_words(best)} of the time{share}. "
+    return timed, (
+        f"{text}{about['parameters'] / 1e6:.1f} M parameters, batch {about['batch']}, {about['new_tokens']} tokens in every "
+        f"answer, {about['device']}: on a small model what a method does itself, and Python, weigh more than on a large one."
+    )
 
 
 def short_answers(folder: str) -> tuple[pd.DataFrame, pd.DataFrame | None, str]:
@@ -286,13 +297,12 @@ def finding(measured: Comparison, place: str, dropped: bool) -> str:
     if table.empty:
         return f"**{_against_unpruned(measured.by_group, place)}**"
     start = f"{place} was trained with random dropping, which favours random pruning:" if dropped else f"With {place},"
-    first, *rest = [f"at equal {EQUAL[cost]} {_counted(of)}." for cost, of in table.groupby("cost", sort=False)]
+    counts = "; ".join(f"{_counted(of)} at equal {EQUAL[cost]}" for cost, of in table.groupby("cost", sort=False))
     kept = measured.rows[measured.rows.method.isin(table.method)].groupby(["label", "task"]).retention.mean()
     return (
-        f"**{' A'.join([f'{start} {first}', *(of[1:] for of in rest)])}** {_of_dyrate(table)}Each method is the mean of its "
-        f"settings, which keep {kept.min():.2f} to {kept.max():.2f} of the image tokens, over {_span(table.n)} scenes and "
-        f"{measured.rows.task.nunique()} tasks. Lower or higher: a paired interval that excludes 0 and holds for all methods of "
-        "a group of tasks at once."
+        f"**{start} the published methods that score lower than random pruning are {counts}.** {_of_dyrate(table)}Each method "
+        f"counts by the mean of its settings, which keep {kept.min():.2f} to {kept.max():.2f} of the image tokens, over "
+        f"{_span(table.n)} scenes; intervals hold for all methods of a group of tasks at once."
     )
 
 
@@ -300,21 +310,16 @@ def _counted(table: pd.DataFrame) -> str:
     """Of how many methods the interval lies below zero, and above it, on each group of tasks."""
     marks = table.assign(lower=table.high < 0, higher=table.low > 0, of=1)
     counts = marks.groupby("group", sort=False)[["lower", "higher", "of"]].sum().rename(index=_plural)
-    lower = [f"{row.lower} of {row.of} on {name}" for name, row in counts.iterrows()]
-    higher = [f"{row.higher} on {name}" for name, row in counts.iterrows() if row.higher]
-    first, *rest = lower
-    first = first.replace(" on ", " published methods score lower than random pruning on ", 1)
-    above = f"{', '.join(higher)} score higher" if higher else "none scores higher"
-    return f"{', '.join([first, *rest])}; {above}"
+    lower = ", ".join(f"{row.lower} of {row.of} on {name}" for name, row in counts.iterrows())
+    higher = ", ".join(f"{row.higher} on {name}" for name, row in counts.iterrows() if row.higher) or "none"
+    return f"{lower} (higher: {higher})"
 
 
 def _of_dyrate(table: pd.DataFrame) -> str:
-    """DyRate's own differences, in words; nothing where it was not compared."""
-    parts = []
-    for cost, of in table[table.method == "DyRate"].groupby("cost", sort=False):
-        differences = [f"{in_words(row, '+.2f')} on {_plural(row['group'])}" for row in of.to_dict("records")]
-        parts.append(f"at equal {EQUAL[cost]} {', '.join(differences)}")
-    return f"DyRate minus random pruning: {'; '.join(parts)}. " if parts else ""
+    """DyRate's own differences on the first group of tasks, in words; nothing where it was not compared."""
+    of = table[(table.method == "DyRate") & (table.group == table.group.iloc[0])]
+    parts = [f"{in_words(row, '+.2f')} at equal {EQUAL[row['cost']]}" for row in of.to_dict("records")]
+    return f"DyRate minus random pruning on {_plural(table.group.iloc[0])}: {', '.join(parts)}. " if parts else ""
 
 
 def _against_unpruned(table: pd.DataFrame, place: str) -> str:

@@ -20,6 +20,7 @@ SIGNED = "+.3f"  # the format of a gain
 BEST = "best for each answer"
 EVERYWHERE = r"(evict|curves)-[0-9.]+"  # recipes (the paper's, and the best other) that are trained for every laboratory
 GAINING = tuple(policy.name for policy in POLICIES if policy.name != "constant")
+TOLD = ("schedule", "schedule by task", "by features", BEST)  # ways to choose in the finding and its table; the others: CSV
 SAID = {
     "schedule": "one schedule for all", "schedule by task": "one for each task",
     "by features": "one chosen by the predictor's features",
@@ -120,14 +121,13 @@ def scores(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
 
 
 def gains_shown(table: pd.DataFrame) -> pd.DataFrame:
-    """`gains` for the page: a row for each laboratory, ranking and residency, a column for each policy."""
-    text = [in_words(row, SIGNED) for row in table.to_dict("records")]
-    rows = table.assign(text=text, where=table.ranking + ", " + table.residency)
-    keys = ["laboratory", "where"]
-    shown = rows.pivot(index=keys, columns="policy", values="text")[list(GAINING)]
+    """`gains` for the page, where tokens are evicted: a row for each laboratory and ranking, a column for each of TOLD."""
+    rows = table[table.residency == "evict"]
+    rows = rows.assign(text=[in_words(row, SIGNED) for row in rows.to_dict("records")])
+    keys = ["laboratory", "ranking"]
+    shown = rows.pivot(index=keys, columns="policy", values="text")[list(TOLD)]
     whole = rows.drop_duplicates(keys).set_index(keys)[["unpruned", "constant"]]
-    order = list(dict.fromkeys(zip(rows.laboratory, rows["where"], strict=True)))
-    return whole.join(shown).loc[order].reset_index().rename(columns={"where": "ranking, residency"})
+    return whole.join(shown).reset_index()
 
 
 def units_shown(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
@@ -185,17 +185,16 @@ def finding(laboratories: tuple[Measured, ...]) -> str:
     headline = table[(table.ranking == "FastV") & (table.residency == "evict")].set_index(["laboratory", "policy"])
     most = headline.xs(BEST, level="policy").value.idxmax()
     best, parts = headline.loc[(most, BEST)], []
-    for policy in ("schedule", "schedule by task", "by features"):
+    for policy in TOLD[:-1]:
         row = headline.loc[(most, policy)]
         parts.append(f"{SAID[policy]} captures {captured_said(row)}")
-    text = (
-        f"**At a mean retention of {100 * BUDGET:.0f} % a constant rate costs {best.constant - best.unpruned:.3f} nats a token "
-        f"on {most} (FastV's ranking, evicted; {best.constant:.3f} against {best.unpruned:.3f} unpruned), and the best "
-        f"trajectory for each answer, which knows the answer, would regain {best.value:.3f} ({best.low:.3f} to {best.high:.3f}), "
-        f"{percent(best.share, best.share_low, best.share_high)} of that. Of this headroom {'; '.join(parts)}; "
-        f"{recipe_said(laboratories, most)}.**"
+    lost = best.constant - best.unpruned
+    return (
+        f"**The best trajectory for each answer, chosen by someone who knows the answer, would regain "
+        f"{percent(best.share, best.share_low, best.share_high)} of what a constant rate loses: {in_words(best, '.2f')} of "
+        f"{lost:.2f} nats a token on {most}, at a mean retention of {100 * BUDGET:.0f} % (FastV's ranking, evicted). Of this "
+        f"headroom {'; '.join(parts)}; {recipe_said(laboratories, most)}.** {score_said(laboratories)}"
     )
-    return f"{text} {elsewhere(table)} {score_said(laboratories)}"
 
 
 def recipe_said(laboratories: tuple[Measured, ...], name: str) -> str:
@@ -209,7 +208,7 @@ def recipe_said(laboratories: tuple[Measured, ...], name: str) -> str:
     ):
         if len(of):
             row = of.loc[(of.retention - BUDGET).abs().idxmin()]
-            parts.append(f"{what} (at its own mean retention of {row.retention:.2f}) captures {captured_said(row)}")
+            parts.append(f"{what} {captured_said(row)} (at its own mean retention, {row.retention:.2f})")
     return " and ".join(parts) or "no predictor is trained for this model yet"
 
 
@@ -251,6 +250,7 @@ def record(chapter: Chapter, laboratories: tuple[Measured, ...]) -> None:
         key = f"{row['laboratory']} {row['policy']}".replace("-", "_").replace(" ", "_")
         chapter.number(f"{key}_gain", row)
     chapter.text("headroom_finding", finding(laboratories))
+    chapter.text("headroom_elsewhere", elsewhere(table))
     chapter.text("headroom_measured_on", measured_on(laboratories))
     for lab in laboratories:
         asked = examples(lab.about["source"], lab.about["n"], tasks=lab.about["tasks"])

@@ -16,16 +16,14 @@ import pandas as pd
 from dyrate.strategies import STRATEGIES
 from study.agreement import PARTS, RETENTION, spearman
 from study.book import Chapter
-from study.chapters.laboratories import records
+from study.chapters.laboratories import LABORATORIES, records
 from study.importance import EARLY, RANKINGS
 from study.intervals import bootstrap, in_words
 
-LABORATORIES = ("pocket-plain", "smol")  # pocket-dropped has no rows of this yet
 ATTENTION = {
     "prefill": "attention as the prompt ends", "each step": "attention summed over the steps",
     "one step": "attention of one step, with what it reads",
 }  # fmt: skip
-ORDERS = {"0.0": "as it is", "0.25": "with a quarter of the tokens exchanged", "1.0": "with all", "reversed": "reversed"}
 MAPS = {
     "importance": "importance", "FastV": "attention,\nprompt's end", "each step": "attention,\nwhole answer",
     "another wording": "importance,\nother wording",
@@ -232,23 +230,23 @@ def worth_shown(table: pd.DataFrame) -> pd.DataFrame:
 
 def finding(measured: Sequence[Measured], agreed: pd.DataFrame, worths: pd.DataFrame) -> str:
     """Is attention importance, and how much of FastV's score is its ranking?"""
-    parts = []
-    for lab in measured:
-        said = []
-        for layer in lab.layers:
-            text = f"from layer {layer} {in_words(_fastv(agreed, lab.name, layer))}"
-            if lab.noisy:
-                score = _of(worths, lab.name, ranking="FastV", layer=layer, retention=RETENTION).iloc[0]
-                text += f", and {in_words(score, '+.2f')} of a score of {score.score:.2f}"
-            said.append(text)
-        hoped = _of(agreed, lab.name, ranking=OTHER_WORDING, part="all").iloc[0]
-        parts.append(f"on {lab.name} {'; '.join(said)} (two wordings of one description agree to {hoped.value:.2f})")
+    hoped = [_of(agreed, lab.name, ranking=OTHER_WORDING, part="all").value.iloc[0] for lab in measured]
+    fastv = [_fastv(agreed, lab.name, EARLY).value for lab in measured]
+    worth_of = []
+    for lab in _noisy(measured):
+        score = _of(worths, lab.name, ranking="FastV", layer=EARLY, retention=RETENTION).iloc[0]
+        worth_of.append(f"{in_words(score, '+.2f')} of {score.score:.2f} on {lab.name}")
     return (
-        f"**Is attention importance? {_verdict(measured, agreed)}. The rank correlation between FastV's attention and what image "
-        f"tokens are worth to the answer, and what the score loses when all tokens exchange their ranks at random: "
-        f"{'; '.join(parts)}. Retention ratio {100 * RETENTION:.0f} %, {measured[0].about['n']} descriptions a model, 95 % "
-        f"intervals.**"
+        f"**Is attention importance? {_verdict(measured, agreed)}: before layer {EARLY}, where FastV prunes, its attention and "
+        f"what image tokens are worth to the answer have a rank correlation of {_range(fastv)}, where two wordings of one answer "
+        f"agree to {_range(hoped)}.** What FastV's ranking adds to its score, against all ranks exchanged at random: "
+        f"{', '.join(worth_of) or 'not measured'} (right slots, retention ratio {100 * RETENTION:.0f} %, "
+        f"{measured[0].about['n']} descriptions a model, 95 % intervals)."
     )
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.2f} to {max(values):.2f}"
 
 
 def _verdict(measured: Sequence[Measured], agreed: pd.DataFrame) -> str:
@@ -263,59 +261,32 @@ def _verdict(measured: Sequence[Measured], agreed: pd.DataFrame) -> str:
     return "In part" if any(less) else "As far as importance agrees with itself"
 
 
-def layers_said(measured: Sequence[Measured], agreed: pd.DataFrame) -> str:
-    """Before which layer the attention that FastV ranks by agrees best with importance, and where least."""
-    parts = []
-    for lab in measured:
-        rows = _of(agreed, lab.name, part="all", ranking="prefill").set_index("layer").value
-        best, least = rows.idxmax(), rows.idxmin()
-        parts.append(
-            f"on {lab.name} best before layer {best} ({rows[best]:.2f}) and least before layer {least} ({rows[least]:.2f})"
-        )
-    return f"As the prompt ends, attention agrees with importance {'; '.join(parts)}."
-
-
-def steps_said(measured: Sequence[Measured], agreed: pd.DataFrame) -> str:
-    """How well the attention of one step agrees with what that step reads."""
-    parts = []
-    for lab in measured:
-        rows = _of(agreed, lab.name, layer=lab.about["late"], part="all").set_index("ranking").value
-        parts.append(
-            f"{rows['one step']:.2f} on {lab.name} before layer {lab.about['late']}, all steps summed {rows['each step']:.2f}"
-        )
-    return f"{'; '.join(parts)}."
-
-
 def rankings_said(measured: Sequence[Measured], agreed: pd.DataFrame) -> str:
-    """Which published ranking agrees best, and what random pruning and the Oracle get."""
+    """Which published ranking agrees best with importance on each model."""
     parts, compared = [], rankings(agreed)
     for lab in measured:
-        rows = _of(compared, lab.name).set_index("ranking")
-        best = rows.loc[list(PUBLISHED)].value.idxmax()
-        said = [f"{name} {in_words(rows.loc[name])}" for name in dict.fromkeys((best, "FastV", "Oracle", "RandomPrune"))]
-        share = f"{best}'s first quarter has {100 * rows.loc[best].captured:.0f} % of the importance"
-        parts.append(f"on {lab.name} {', '.join(said)}; {share}")
-    return f"The published ranking that agrees best, FastV's, the Oracle's and random pruning's: {'; '.join(parts)}."
+        rows = _of(compared, lab.name).set_index("ranking").loc[list(PUBLISHED)]
+        best = rows.value.idxmax()
+        share = f"its first quarter has {100 * rows.loc[best].captured:.0f} % of the importance"
+        parts.append(f"{best} {in_words(rows.loc[best])} on {lab.name} ({share})")
+    return f"The published ranking that agrees best: {', '.join(parts)}."
 
 
-def noise_said(measured: Sequence[Measured]) -> str:
-    """How FastV's score falls with a quarter of the tokens exchanged, with all, and reversed."""
-    table, parts = noise(measured), []
-    for lab in _noisy(measured):
-        for layer in lab.layers:
-            rows = _of(table, lab.name, method="FastV", layer=layer, budget=RETENTION).set_index("order").value
-            four = ", ".join(f"{rows[order]:.2f} {name}" for order, name in ORDERS.items())
-            parts.append(f"on {lab.name} from layer {layer} {four}")
-    return f"FastV scores {'; '.join(parts)}."
+def beyond_shown(beyond: pd.DataFrame) -> pd.DataFrame:
+    """`beyond_agreement` as a table for the page."""
+    return pd.DataFrame({
+        "laboratory": beyond.laboratory, "first pruned layer": beyond.layer, "rank correlation": beyond.rho,
+        "FastV minus importance made as bad": [in_words(row, "+.2f") for _, row in beyond.iterrows()],
+    })  # fmt: skip
 
 
-def curve_said(beyond: pd.DataFrame) -> str:
-    """Whether agreement with importance explains FastV's score."""
-    parts = [
-        f"{in_words(row, '+.2f')} on {row.laboratory} from layer {row.layer} (rank correlation {row.rho:.2f})"
-        for _, row in beyond.iterrows()
-    ]
-    return f"FastV minus importance made as bad as FastV's ranking, paired: {'; '.join(parts)}."
+def beyond_said(beyond: pd.DataFrame) -> str:
+    """In how many settings FastV scores as well as importance made as bad as its ranking."""
+    lower, higher = int((beyond.high < 0).sum()), int((beyond.low > 0).sum())
+    return (
+        f"At equal agreement FastV scores lower than importance made as bad in {lower} and higher in {higher} of {len(beyond)} "
+        f"settings{': a rank correlation does not say all of a ranking' if lower + higher else ''}."
+    )
 
 
 def _of(table: pd.DataFrame, laboratory: str, **where) -> pd.DataFrame:
@@ -340,11 +311,8 @@ def record(chapter: Chapter, measured: Sequence[Measured]) -> None:
                 of = _of(worths, lab.name, ranking="FastV", layer=layer, retention=RETENTION).iloc[0]
                 chapter.number(f"importance_{key}_worth_{layer}", of)
     chapter.text("importance_finding", finding(measured, agreed, worths))
-    chapter.text("importance_layers", layers_said(measured, agreed))
-    chapter.text("importance_steps", steps_said(measured, agreed))
     chapter.text("importance_rankings", rankings_said(measured, agreed))
-    chapter.text("importance_noise", noise_said(measured))
-    chapter.text("importance_curve", curve_said(beyond))
+    chapter.text("importance_beyond", beyond_said(beyond))
     chapter.text("importance_measured_on", _measured_on(measured))
 
 

@@ -19,7 +19,7 @@ from study import controls  # noqa: F401  (registers its strategies)
 from study.book import NUMBER, ROOT, Chapter
 from study.chapters.attention import MEASURES
 from study.compared import METHODS, RETENTIONS
-from study.intervals import bootstrap, bootstrap_crossed
+from study.intervals import bootstrap, bootstrap_crossed, in_words
 from study.quality import BARS
 
 LABORATORIES = ("pocket-dropped", "pocket-plain", "smol")
@@ -94,7 +94,7 @@ def bars(laboratories: tuple[Laboratory, ...]) -> pd.DataFrame:
         for name, bar in (SMOL_BARS if lab.name == "smol" else BARS).items():
             if name.startswith("slot_"):
                 slot = described[["groups", name.removeprefix("slot_")]].to_numpy(float)
-                measured = bootstrap(slot, lambda x, axis: x.sum(axis)[1] / x.sum(axis)[0])
+                measured = bootstrap(slot, of_means=lambda x: x[..., 1] / x[..., 0])
             else:
                 task = "caption" if name == "cider_short" else name
                 measured = bootstrap(lab.scores("unpruned", task))
@@ -253,16 +253,6 @@ def verdicts_shown(table: pd.DataFrame) -> pd.DataFrame:
     return shown.loc[list(dict.fromkeys(table.finding)), list(dict.fromkeys(table.laboratory))].reset_index()
 
 
-def dynamic_said(laboratories: tuple[Laboratory, ...]) -> str:
-    """Where DyRate gains over a constant rate, by task, on the models that have trained predictors."""
-    parts = []
-    for lab in laboratories:
-        for _, row in dynamic(lab).iterrows():
-            shares = f"{row.DyRate:.2f} and {row.constant:.2f} at a retention ratio of {row.retention:.2f}"
-            parts.append(f"{lab.name}, {row.task.removeprefix('qa_').replace('_', ' ')}: {_said(row)}, {shares}")
-    return "; ".join(parts) or "not measured on these models yet"
-
-
 def confound(laboratories: tuple[Laboratory, ...]) -> str:
     """On which models random pruning beats the published methods: the sentence for every page that compares with it."""
     methods = against_random(laboratories)
@@ -291,17 +281,20 @@ def finding(laboratories: tuple[Laboratory, ...]) -> str:
     last = laboratories[-1]
     scanned = scan((last,))
     at = scanned[scanned.retention == RETENTION].set_index("layer")
-    best, second = at.value.idxmax(), at.loc[2]
-    counts = {lab.name: counted(against_random(laboratories), lab.name) for lab in laboratories}
-    wins = [name for name, (above, below, _) in counts.items() if below > above]
-    loses = [name for name in counts if name not in wins]
+    best = at.value.idxmax()
+    counts = {lab: counted(against_random(laboratories), lab.name) for lab in laboratories}
+    wins = [lab.name for lab, (above, below, _) in counts.items() if below > above]
+    loses = [lab.name for lab in counts if lab.name not in wins]
     start = f"Random pruning beats most published methods on {' and '.join(wins) or 'no model'}"
     start += f", and loses to most on {' and '.join(loses)}" if loses else ""
+    each = ", ".join(
+        f"{below} score below it and {above} above on {lab.name} ({TRAINED[lab.name]})"
+        for lab, (above, below, _) in counts.items()
+    )
     return (
-        f"**{start}. {confound(laboratories)}. What a ranking is worth depends on the layer: on {last.name} FastV minus random "
-        f"pruning is {second.value:+.2f} where tokens are dropped before layer 2, and {at.loc[best].value:+.2f} before layer "
-        f"{best} of {last.about['layers']}, where FastV gets {at.loc[best].FastV:.2f} of the slots right and random pruning "
-        f"{at.loc[best].random:.2f}.**"
+        f"**{start}: of {len(PUBLISHED)} at a retention ratio of {100 * RETENTION:.0f} % on {TASK}s, {each}. What a ranking is "
+        f"worth depends on the layer: on {last.name} FastV minus random pruning is {in_words(at.loc[2], '+.2f')} from layer 2 "
+        f"on and {in_words(at.loc[best], '+.2f')} from layer {best} of {last.about['layers']} (right slots, 95 % intervals).**"
     )
 
 
@@ -334,7 +327,6 @@ def oracle(laboratories: tuple[Laboratory, ...]) -> str:
 def record(chapter: Chapter, laboratories: tuple[Laboratory, ...]) -> None:
     """The chapter's headline numbers, sentences and tables."""
     tables = {"bars": bars(laboratories), "needs": needs(laboratories), "layers": scan(laboratories)}
-    tables["dyrate"] = pd.concat([dynamic(lab).assign(laboratory=lab.name) for lab in laboratories], ignore_index=True)
     asked = [(task, x) for task in (TASK, "caption") for x in RETENTIONS]
     tables["methods"] = pd.concat([against_random(laboratories, task, x).assign(task=task, budget=x) for task, x in asked])
     for name, table in tables.items():
@@ -352,7 +344,6 @@ def record(chapter: Chapter, laboratories: tuple[Laboratory, ...]) -> None:
         chapter.text(f"{key}_tasks", _tasks_said(lab.name, moving, easy, unable))
     chapter.text("laboratories_finding", finding(laboratories))
     chapter.text("laboratories_oracle", oracle(laboratories))
-    chapter.text("laboratories_dyrate", dynamic_said(laboratories))
     chapter.text("front_page", front_page(laboratories))
     early = methods[(methods.laboratory == laboratories[-1].name) & methods.published].sort_values("macs_share")
     shares = ", ".join(f"{row.method} {100 * row.macs_share:.0f} %" for row in early.itertuples())

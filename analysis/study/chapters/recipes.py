@@ -143,23 +143,16 @@ def answers_shown(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def finding(laboratories: tuple[Measured, ...]) -> str:
-    """How often each recipe gains in generated answers, and the range of what it gains and captures."""
+    """How often each recipe gains in generated answers, and the range of what it captures."""
     table, parts = answers(laboratories), []
     if table.empty:
         return "Trained predictors have not been compared on generated answers."
-    captured = dict(_by_training(_nearest(losses(laboratories))))
-    for how, of in _by_training(table):
-        ends = [_range(of[of.equal == equal], "value", "{:+.3f}") for equal in EQUAL]
-        part = f"{how}, the gain in score runs {ends[0]} at equal retention and {ends[1]} at equal computation"
-        if how in captured:
-            shares = captured[how].assign(captured=100 * captured[how].captured)
-            part += f", and of the headroom in loss (chapter 12) it captures {_range(shares, 'captured', '{:.0f} %')}"
-        parts.append(part)
-    said = "; ".join(parts)
+    for how, of in _by_training(_nearest(losses(laboratories))):
+        parts.append(f"{how}, {_range(of.assign(captured=100 * of.captured), 'captured', '{:.0f} %')}")
     least, most = table.n.min(), table.n.max()
     return (
-        f"{counted(table)} {said[0].upper()}{said[1:]}. FastV's ranking, evicted; n = {least:,} to {most:,} answers a setting, "
-        f"{table.seeds.max()} trainings, 95 % intervals over both."
+        f"{counted(table)} Of the headroom in loss (chapter 12) it captures, {'; '.join(parts)}. FastV's ranking, evicted; "
+        f"n = {least:,} to {most:,} answers a setting, {table.seeds.max()} trainings, 95 % intervals over both."
     )
 
 

@@ -20,7 +20,10 @@ FAMILIES = {  # of methods, by where and by what they choose; one panel each, wi
 HUES = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 MARKS = "osD^vPX"
 RANDOM = "RandomPrune"
-COSTS = {"macs_share": "multiply-accumulates\n(% of unpruned)", "retention": "measured retention\n(% of image tokens)"}
+COSTS = {
+    "macs_share": "multiply-accumulates\n(% of unpruned)", "retention": "measured retention\n(% of image tokens)",
+    "latency": "time of an answer\n(% of unpruned)",
+}  # fmt: skip
 
 
 def families(methods: list[str]) -> dict[str, list[str]]:

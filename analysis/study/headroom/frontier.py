@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -110,7 +110,8 @@ def frontier(library: Library, policy: Policy) -> Frontier:
     choice = np.empty((len(loss), len(PENALTIES)), int)
     for half in (0, 1):
         seen, asked = np.flatnonzero(library.halves != half), np.flatnonzero(library.halves == half)
-        choice[asked] = choices(*(policy.estimate(library, values, seen, asked) for values in (loss, cost)))
+        both = policy.estimate(library, np.hstack([loss, cost]), seen, asked)
+        choice[asked] = choices(*np.split(both, 2, axis=1))
     choice = np.unique(choice, axis=1)  # most penalties choose as their neighbour does
     return Frontier(np.take_along_axis(loss, choice, 1), np.take_along_axis(cost, choice, 1))
 
@@ -122,6 +123,13 @@ def choices(loss: np.ndarray, cost: np.ndarray) -> Int[np.ndarray, "n penalty"]:
 
 def resampled(task: Int[np.ndarray, " n"], resamples: int = RESAMPLES, seed: int = 0) -> Float[np.ndarray, "resample n"]:
     """Weights of the answers: the first row all of them, the others drawn with replacement within each task; rows sum to 1."""
+    return _resampled(np.unique(task, return_inverse=True)[1].tobytes(), resamples, seed)
+
+
+@lru_cache(maxsize=8)
+def _resampled(numbers: bytes, resamples: int, seed: int) -> np.ndarray:
+    """`resampled` of tasks as numbers, which the libraries of a laboratory share."""
+    task = np.frombuffer(numbers, int)
     rng = np.random.default_rng(seed)
     tasks = np.unique(task)
     weights = np.zeros((resamples + 1, len(task)))
@@ -130,6 +138,7 @@ def resampled(task: Int[np.ndarray, " n"], resamples: int = RESAMPLES, seed: int
         weights[0, of] = 1
         weights[1:, of] = rng.multinomial(len(of), np.full(len(of), 1 / len(of)), resamples)
         weights[:, of] /= len(of) * len(tasks)
+    weights.flags.writeable = False
     return weights
 
 
@@ -142,10 +151,12 @@ class Curve:
 
     def at(self, budgets: float | Float[np.ndarray, " resample"]) -> Float[np.ndarray, " resample"]:
         """Loss at a mean cost, one or one a resample: NaN below the cheapest point, and above the dearest that point's."""
-        budgets = np.broadcast_to(budgets, len(self.cost))
-        points = zip(budgets, self.cost, self.loss, strict=True)
-        between = np.array([np.interp(budget, cost, loss) for budget, cost, loss in points])
-        return np.where(budgets < self.cost[:, 0] - 1e-9, np.nan, between)  # a mean is rounded
+        budgets = np.broadcast_to(budgets, len(self.cost))[:, None]
+        below = np.clip((self.cost <= budgets).sum(1, keepdims=True) - 1, 0, None)  # the last point that is not dearer
+        above = np.minimum(below + 1, self.cost.shape[1] - 1)
+        (low, high), (start, end) = ([np.take_along_axis(of, i, 1) for i in (below, above)] for of in (self.cost, self.loss))
+        part = np.clip((budgets - low) / np.where(high > low, high - low, 1), 0, None)
+        return np.where(budgets < self.cost[:, :1] - 1e-9, np.nan, start + part * (end - start))[:, 0]  # a mean is rounded
 
 
 def curve(front: Frontier, weights: Float[np.ndarray, "resample n"]) -> Curve:
