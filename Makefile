@@ -75,6 +75,10 @@ variants: .venv/installed
 	  for each in each_step:log_shares step:step; do $(RUN) analysis/train.py $(LEARN) --n-train $(ANSWERS) --recipe curves \
 	    --features $${each#*:} --ordered --steps 800 --accumulate 16 --seed $$seed \
 	    --out build/variants/$(LAB)/curves_$${each%:*}-0.25-seed$$seed || exit 1; done; \
+	  $(RUN) analysis/train.py $(LEARN) --tasks description caption qa_count qa_place --n-train 48 --batch 8 --unit macs \
+	    --budget 0.65 --seed $$seed --out build/variants/$(LAB)/evict_macs-0.65-seed$$seed || exit 1; \
+	  $(RUN) analysis/train.py $(LEARN) --n-train 24 --batch 8 --budget 0.33 --seed $$seed \
+	    --out build/variants/$(LAB)/evict_mix-0.33-seed$$seed || exit 1; \
 	  for recipe in anneal rloo imitate; do $(RUN) analysis/train.py $(LEARN) --n-train 96 --recipe $$recipe --features log_shares \
 	    --steps 200 --seed $$seed --out build/variants/$(LAB)/$$recipe-0.25-seed$$seed || exit 1; done; done
 	$(RUN) -m study.headroom predictors --folder $(ROWS) --predictors build/variants/$(LAB)

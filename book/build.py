@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -156,16 +157,18 @@ def parameter(notebook, name: str):
 
 def answers(made: list) -> str:
     """The front page's answers, a paragraph each, of which the question is bold; where no chapter has one, the first finding."""
-    texts = [content["texts"]["front_page"] for _, _, content in made if "front_page" in content["texts"]]
+    texts = [plain(content["texts"]["front_page"]) for _, _, content in made if "front_page" in content["texts"]]
     answered = [f"**{question}?**{answer}" for question, _, answer in (text.partition("?") for text in texts)]
-    return "\n\n".join(answered or [finding_of(made[0][2])])
+    return "\n\n".join(answered or [plain(finding_of(made[0][2]))])
 
 
 def findings(made: list) -> str:
-    """A table of each chapter's question and the finding that its run computed."""
+    """A table of each chapter's question and what its run found: the sentences of its finding that are bold."""
     rows = ["| chapter | finding |", "|---|---|"]
     for name, heading, content in made:
-        rows.append(f"| [{heading}](analysis/{name}.ipynb) | {finding_of(content).replace('|', '/')} |")
+        text = finding_of(content).replace("|", "/")
+        bold = " ".join(re.findall(r"[*]{2}(.+?)[*]{2}", text))
+        rows.append(f"| [{heading}](analysis/{name}.ipynb) | {plain(bold or text)} |")
     return "\n".join(rows) + "\n"
 
 
@@ -174,9 +177,14 @@ def finding_of(content: dict) -> str:
     return next((text for key, text in content["texts"].items() if key.endswith("finding")), "")
 
 
+def plain(text: str) -> str:
+    """A text without its emphasis."""
+    return text.replace("**", "").replace("`", "")
+
+
 def hero(made: list) -> str:
     """The front page's figure, with the caption that its chapter computed; nothing if that chapter was not run."""
-    captions = [content["texts"]["hero_caption"] for _, _, content in made if "hero_caption" in content["texts"]]
+    captions = [plain(content["texts"]["hero_caption"]) for _, _, content in made if "hero_caption" in content["texts"]]
     if not captions:
         return ""
     alt = "An image, and beside it, on scenes, the same under a heat map of the model's attention for tokens of its answer."

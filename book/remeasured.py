@@ -61,7 +61,7 @@ def badge(stem: str, content: dict, here: dict | None) -> str:
     inside, agree = found["in its interval"].sum(), found.agrees.sum()
     text = (
         f"{shown}. Measured again on the machine that built this book{f' ({smaller})' if smaller else ''}: **{agree} of "
-        f"{len(found)}** headline numbers agree with the reference, {inside} lie in its 95 % interval "
+        f"{len(found)}** headline numbers with an interval agree with the reference, {inside} lie in its 95 % interval "
         f"({{numref}}`{LABEL}`)."
     )
     wrong = found[~found.agrees.astype(bool)].itertuples()
@@ -88,6 +88,7 @@ def section(made: list, here: dict[str, dict]) -> str:
     tables = [agreement(here[stem]["numbers"], of["numbers"]).assign(chapter=stem) for stem, _, of in made if stem in here]
     if not tables or (table := pd.concat(tables, ignore_index=True)).empty:
         return f"{start}No chapter of this book was measured again beside the run that it shows.\n\n"
+    unjudged = sum(len(of["numbers"]) for stem, _, of in made if stem in here) - len(table)
     table["number"] = table.number.str.replace("_", " ")  # so that a long name breaks
     table["here"], table["reference"] = table.here.map(said), table.reference.map(said)
     table["in its interval"] = table["in its interval"].map({True: "yes", False: "no"})
@@ -95,7 +96,8 @@ def section(made: list, here: dict[str, dict]) -> str:
     text = (
         f"{{numref}}`{LABEL}` has every headline number with an interval that was measured again on the machine that built this "
         "book. It *agrees* with the reference where the two differ by no more than both 95 % intervals allow, widened for the "
-        "number of comparisons in a chapter. Where a quick run also trains less, its numbers can differ for that reason.\n\n"
+        "number of comparisons in a chapter. Intervals are over samples: where a quick run also trains less, its "
+        f"numbers can differ for that reason. {unjudged} more headline numbers have no interval, and are not judged.\n\n"
     )
     shown = shown_table(table[["chapter", *COLUMNS]], "Headline numbers measured again, with 95 % intervals.", LABEL)
     return f"{start}{text}{shown.data}\n\n"

@@ -57,10 +57,9 @@ class Chapter:
                 glue(f"{key}_{end}", float(number[end]), display=False)
 
     def text(self, key: str, text: str) -> None:
-        """Glue a computed sentence as Markdown, and as `key_plain` for other pages, to which only plain text crosses."""
+        """Record and glue a computed sentence, in Markdown."""
         glue(key, Markdown(text), display=False)
-        self.texts[key] = text.replace("**", "").replace("`", "")
-        glue(f"{key}_plain", self.texts[key], display=False)
+        self.texts[key] = text
 
     def measured(self, measure: Callable[..., T], *, draw: bool, **parameters) -> T:
         """What `measure(**parameters)` returns, kept as rows beside its results; draw: what an earlier run kept there.

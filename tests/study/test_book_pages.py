@@ -194,6 +194,7 @@ def test_the_badge_catches_a_number_that_was_altered():
         text = remeasured.badge(stem, altered, content)
         assert f"**{n - 1} of {n}**" in text and f"[`{key}`: here {remeasured.said(number)}, reference" in text
         lines = remeasured.section([(stem, stem, altered)], {stem: content}).splitlines()
+        assert any(f"{len(content['numbers']) - n} more headline numbers have no interval" in line for line in lines)
         (wrong,) = (line for line in lines if "[no]{.differs}" in line)
         assert key.replace("_", " ") in wrong and wrong.startswith(f"| {stem} |")
 

@@ -7,6 +7,7 @@ import pytest
 
 from study.chapters import recipes
 from study.chapters.headroom import BEST
+from study.figures.recipes import variant_gains
 
 NUMBER = {"n": 20, "seeds": 3}
 
@@ -49,8 +50,8 @@ def test_gradients_that_were_not_measured_are_asked_for(tmp_path):
 
 
 def row_of(recipe: str, laboratory: str, low: float, high: float, **more) -> dict:
-    found = {"laboratory": laboratory, "recipe": recipe, "retention": 0.25, "computation": 0.5, "value": (low + high) / 2}
-    found |= {"low": low, "high": high, "captured": 0.5, "captured_low": 0.4, "captured_high": 0.6}
+    found = {"laboratory": laboratory, "recipe": recipe, "retention": 0.25, "cost": 0.25, "computation": 0.5}
+    found |= {"value": (low + high) / 2, "low": low, "high": high, "captured": 0.5, "captured_low": 0.4, "captured_high": 0.6}
     return found | NUMBER | {"constant": 0.7, "controller": 0.5, "score": 0.9, BEST: 0.3} | more
 
 
@@ -78,15 +79,19 @@ def test_each_variant_is_described(monkeypatch):
     table = pd.DataFrame(
         [row_of(recipe, "first", 0.1, 0.2) for recipe in ("evict-0.33", "curves_hidden-0.25", "best other recipe")]
     )
-    monkeypatch.setattr(recipes, "dyrate", lambda _: table)
+    dearer = table.assign(value=table.value - 1, low=table.low - 1, high=table.high - 1)
+    monkeypatch.setattr(recipes, "dyrate", lambda _, unit: dearer if unit == "macs" else table)
     shown = recipes.variants_shown(recipes.variants(None))
+    assert list(shown["gain at equal retention"].str[:6]) == ["+0.150"] * 2
+    assert list(shown["gain at equal computation"].str[:6]) == ["-0.850"] * 2
+    assert len(variant_gains(recipes.variants(None)).axes) == 1
     assert list(shown["what it is"]) == ["the paper's", "reads the newest token's hidden state"]
 
 
 def test_recipes_stand_beside_what_they_could_have_learned(monkeypatch):
     share = {"schedule": 0.1, "constant by task": 0.7}
     reached = {f"{policy}: captured": {"value": v, "low": v, "high": v} for policy, v in share.items()}
-    far = row_of("evict-0.75", "first", 0.1, 0.2, retention=0.75, captured=0.9)
+    far = row_of("evict-0.75", "first", 0.1, 0.2, cost=0.75, captured=0.9)
     monkeypatch.setattr(recipes, "library", lambda *_: None)
     monkeypatch.setattr(recipes, "at_budget", lambda *_: reached)
     monkeypatch.setattr(recipes, "losses", lambda _: pd.DataFrame([far, row_of("evict-0.33", "first", 0.1, 0.2)]))

@@ -78,23 +78,23 @@ def gains(laboratories: tuple[Measured, ...], budget: float = BUDGET) -> pd.Data
     return pd.DataFrame(rows)
 
 
-def dyrate(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
-    """Trained predictors at their own mean retention: what they gain on a constant rate, of how much, in nats a token.
+def dyrate(laboratories: tuple[Measured, ...], unit: str = "retention") -> pd.DataFrame:
+    """Trained predictors at their own mean cost in a unit: what they gain on a constant rate, of how much, in nats a token.
 
-    With FastV's ranking, evicted; `headroom.json` has the other rankings and residencies too. paper: whether the recipe is the
-    paper's, with nothing changed but the budget.
+    cost: that mean, a share of the unpruned. With FastV's ranking, evicted; `headroom.json` has the rest.
+    paper: whether the recipe is the paper's, with nothing changed but the budget.
     """
-    rows = [row for lab in laboratories for row in _trained_in(lab)]
+    rows = [row for lab in laboratories for row in _trained_in(lab, unit)]
     return pd.DataFrame(rows, columns=None if rows else ["laboratory", "recipe", "paper"])
 
 
 @cache
-def _trained_in(lab: Measured) -> list[dict]:
+def _trained_in(lab: Measured, unit: str) -> list[dict]:
     """The rows of `dyrate` of one laboratory, which several tables need."""
     rows = []
-    for recipe, found in captured(lab, "FastV", "evict").items():
+    for recipe, found in captured(lab, "FastV", "evict", unit).items():
         row = {"laboratory": label(lab), "recipe": recipe, "paper": bool(PAPER.fullmatch(recipe))}
-        row |= {"retention": found["cost"]["value"]}
+        row |= {"cost": found["cost"]["value"]}
         row |= {what: found[what]["value"] for what in ("constant", "controller", BEST)}
         for what in ("headroom", "captured"):
             row |= {what: found[what]["value"]} | {f"{what}_{end}": found[what][end] for end in ("low", "high")}
@@ -147,7 +147,7 @@ def dyrate_shown(table: pd.DataFrame) -> pd.DataFrame:
     if table.empty:
         return pd.DataFrame({"laboratory": ["no predictor is trained for these models yet"]})
     return pd.DataFrame({
-        "laboratory": table.laboratory, "recipe": table.recipe, "trainings": table.seeds, "retention": table.retention,
+        "laboratory": table.laboratory, "recipe": table.recipe, "trainings": table.seeds, "retention": table.cost,
         "constant": table.constant, "DyRate": table.controller, BEST: table[BEST],
         "gain on the constant": [in_words(row, SIGNED) for row in table.to_dict("records")],
         "captured headroom": [captured_said(row) for row in table.itertuples()],
@@ -207,8 +207,8 @@ def recipe_said(laboratories: tuple[Measured, ...], name: str) -> str:
         (f"the {BEST_OTHER}", rows[rows.recipe == BEST_OTHER]),
     ):
         if len(of):
-            row = of.loc[(of.retention - BUDGET).abs().idxmin()]
-            parts.append(f"{what} {captured_said(row)} (at its own mean retention, {row.retention:.2f})")
+            row = of.loc[(of.cost - BUDGET).abs().idxmin()]
+            parts.append(f"{what} {captured_said(row)} (at its own mean retention, {row.cost:.2f})")
     return " and ".join(parts) or "no predictor is trained for this model yet"
 
 

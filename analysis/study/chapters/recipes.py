@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from study.book import Chapter
-from study.chapters.headroom import BUDGET, SIGNED, at_hand, captured_said, dyrate, dyrate_shown, label, percent
+from study.chapters.headroom import BUDGET, SIGNED, at_hand, captured_said, dyrate, label, percent
 from study.headroom.confirm import EQUAL, MAX_NEW_TOKENS, by_recipe, controllers, generated, questions
 from study.headroom.frontier import at_budget
 from study.headroom.report import BEST_OTHER, PAPER, Measured, library
@@ -21,6 +21,7 @@ from study.intervals import bootstrap, in_words
 DISTANCE = 4  # steps of the grid on both sides over which a slope counts as measured
 MEASURED, BACKWARD = "measured", "backward"
 VARIANTS = {
+    "evict_macs": "the paper's with a budget in multiply-accumulates", "evict_mix": "the paper's, trained on all eight tasks",
     "curves": "reads logarithms of attention shares, chooses one rate an answer",
     "curves_shares": "reads attention shares, as the paper", "curves_tokens": "reads the attention of a segment's token",
     "curves_entropy": "reads how even the attention over the image is", "curves_hidden": "reads the newest token's hidden state",
@@ -53,18 +54,26 @@ def beside_policies(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
 
 
 def variants(lab: Measured) -> pd.DataFrame:
-    """Rows of chapter 12 for every recipe and choice of features that is trained in a laboratory, the paper's among them."""
-    table = dyrate((lab,))
+    """Rows of chapter 12 for every recipe and choice of features that is trained in a laboratory, the paper's among them.
+
+    Two rows each: against the constant of its own mean retention, and of its own computation (`equal`, as in `answers`).
+    """
+    tables = {equal: dyrate((lab,), unit) for equal, unit in zip(EQUAL, ("retention", "macs"), strict=True)}
+    table = pd.concat([table.assign(equal=equal) for equal, table in tables.items()])
     known = table.recipe.map(lambda recipe: bool(PAPER.fullmatch(recipe)) or recipe.split("-")[0] in VARIANTS)
     return table[known].sort_values("value", ascending=False, ignore_index=True)
 
 
 def variants_shown(table: pd.DataFrame) -> pd.DataFrame:
-    """`variants` for the page: what each is, what it gains and captures."""
-    said = [VARIANTS.get(recipe.split("-")[0], "the paper's") for recipe in table.recipe]
-    shown = dyrate_shown(table)
-    shown.insert(2, "what it is", said)
-    return shown.drop(columns="laboratory")
+    """`variants` for the page: what each is, and what it costs, gains and captures at both equalities."""
+    same, as_dear = (table[table.equal == equal].set_index("recipe") for equal in EQUAL)
+    as_dear = as_dear.loc[same.index]
+    return pd.DataFrame({
+        "recipe": same.index, "what it is": [VARIANTS.get(recipe.split("-")[0], "the paper's") for recipe in same.index],
+        "retention": list(same.cost), "gain at equal retention": [in_words(row, SIGNED) for row in same.to_dict("records")],
+        "captured": [captured_said(row) for row in same.itertuples()], "computation": list(as_dear.cost),
+        "gain at equal computation": [in_words(row, SIGNED) for row in as_dear.to_dict("records")],
+    })  # fmt: skip
 
 
 @cache
@@ -181,7 +190,7 @@ def _nearest(table: pd.DataFrame) -> pd.DataFrame:
     if table.empty:
         return table
     paper = table.recipe.str.fullmatch(PAPER.pattern)
-    off = (table.retention - BUDGET).abs()
+    off = (table.cost - BUDGET).abs()
     return table.loc[off.groupby([table.laboratory, paper], sort=False).idxmin()]
 
 

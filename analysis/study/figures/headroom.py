@@ -28,7 +28,7 @@ def loss_by_cost(curves: pd.DataFrame, trained: pd.DataFrame) -> Figure:
             axis.plot(line.cost, line.value, marker=MARKS.get(policy), markersize=4, label=policy, **style)
             axis.fill_between(line.cost, line.low, line.high, color=style["color"], alpha=0.12, linewidth=0)
         for row in trained[trained.laboratory == name].itertuples():
-            axis.plot(row.retention, row.controller, "*" if row.paper else "P", color=POLICY_COLOURS["DyRate"], markersize=11)
+            axis.plot(row.cost, row.controller, "*" if row.paper else "P", color=POLICY_COLOURS["DyRate"], markersize=11)
         axis.set(title=name, xlabel="mean retention ratio", xscale="log", ylim=(0, None))
         axis.set_xticks([0.06, 0.12, 0.25, 0.5, 1], ["6 %", "12 %", "25 %", "50 %", "100 %"])
         axis.minorticks_off()

@@ -43,14 +43,19 @@ def recipe_gains(losses: pd.DataFrame, answers: pd.DataFrame) -> Figure:
 
 def variant_gains(table: pd.DataFrame) -> Figure:
     """Gain in teacher-forced loss of each variant of a recipe on one laboratory: rows of `study.chapters.recipes.variants`."""
-    figure, axis = axes_of(6.2, 1.0 + 0.32 * len(table))
+    recipes = list(table.recipe[table.equal == "retention"])
+    figure, axis = axes_of(6.6, 1.4 + 0.34 * len(recipes))
     axis.axvline(0, color="black", linewidth=0.9)
-    at = np.arange(len(table))
-    error = np.stack([table.value - table.low, table.high - table.value])
-    axis.errorbar(table.value, at, xerr=error, color=POLICY_COLOURS["DyRate"], marker="o", linestyle="none", elinewidth=1.2)
-    axis.set_yticks(at, table.recipe)
+    for equal, (marker, shift, filled) in MARKS.items():
+        of = table[table.equal == equal].set_index("recipe").loc[recipes]
+        error = np.stack([of.value - of.low, of.high - of.value])
+        style = {"color": POLICY_COLOURS["DyRate"], "marker": marker, "markerfacecolor": None if filled else "white"}
+        at = np.arange(len(recipes)) + shift
+        axis.errorbar(of.value, at, xerr=error, linestyle="none", elinewidth=1.2, label=f"at equal {equal}", **style)
+    axis.set_yticks(range(len(recipes)), recipes)
     axis.invert_yaxis()
-    axis.set_xlabel("lower loss than the constant's of the same mean retention (nats a token)")
+    axis.set_xlabel("lower loss than the constant's (nats a token)")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
