@@ -81,7 +81,7 @@ variants: .venv/installed
 	    --out build/variants/$(LAB)/evict_mix-0.33-seed$$seed || exit 1; \
 	  for recipe in anneal rloo imitate; do $(RUN) analysis/train.py $(LEARN) --n-train 96 --recipe $$recipe --features log_shares \
 	    --steps 200 --seed $$seed --out build/variants/$(LAB)/$$recipe-0.25-seed$$seed || exit 1; done; done
-	$(RUN) -m study.headroom predictors --folder $(ROWS) --predictors build/variants/$(LAB)
+	$(RUN) -m study.headroom predictors --folder $(ROWS) --predictors build/variants/$(LAB) --rankings FastV
 	$(RUN) -m study.headroom report --folder $(ROWS)
 
 quality: .venv/installed

@@ -76,6 +76,19 @@ def variants_shown(table: pd.DataFrame) -> pd.DataFrame:
     })  # fmt: skip
 
 
+def budget_said(table: pd.DataFrame) -> str:
+    """What a budget in multiply-accumulates, and training on all tasks, change in the paper's recipe. table: `variants`."""
+    as_dear = table[table.equal == "computation"]
+    names = {"evict_macs": "with a budget in multiply-accumulates", "evict_mix": "trained on all eight tasks"}
+    parts = []
+    for row in as_dear.to_dict("records"):
+        recipe = row["recipe"].split("-")[0]
+        how = "as the paper says" if PAPER.fullmatch(row["recipe"]) else names.get(recipe)
+        if how:
+            parts.append(f"{in_words(row, SIGNED)} {how}")
+    return f"What the paper's recipe gains on the constant of its own computation (nats a token): {', '.join(parts)}."
+
+
 @cache
 def answers(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
     """The same in the score of generated answers; laboratories without any are left out."""
@@ -241,6 +254,7 @@ def record(chapter: Chapter, laboratories: tuple[Measured, ...], lab: Measured) 
     chapter.number("inert_steps", tables["inert"].set_index("task").loc["all"])
     chapter.text("recipes_finding", finding(laboratories))
     chapter.text("recipes_reasons", reasons(lab))
+    chapter.text("recipes_budget", budget_said(tables["variants"]))
     chapter.text("front_page", f"How many, and when? {counted(answers(laboratories))}")
     for of, rows in answered(laboratories).items():
         n = rows.groupby("task")["sample"].nunique().max()

@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     measuring.add_argument("--batch-size", type=int, default=100)
     adding = subparsers.add_parser("predictors", help="losses of predictors that were trained later, on the same answers")
     adding.add_argument("--predictors", type=Path, required=True, help="a folder of trained ones")
+    adding.add_argument("--rankings", nargs="+", default=(), choices=RANKINGS, help="default: the library's")
     adding.add_argument("--store", type=Path, default=Path("build/headroom"), help="finished parts")
     adding.add_argument("--batch-size", type=int, default=100)
     reporting = subparsers.add_parser("report", help="headroom.json, from measured losses")

@@ -77,11 +77,13 @@ def measure(
 
 
 def measure_predictors(
-    folder: Path, predictors: Path, *, layer: int = 2, store: Path = Path("build/headroom"), batch_size: int = 100
-) -> None:
+    folder: Path, predictors: Path, *, rankings: Sequence[str] = (), layer: int = 2, store: Path = Path("build/headroom"),
+    batch_size: int = 100,
+) -> None:  # fmt: skip
     """Add predictors that were trained after the library was measured to its tables, or measure them anew, on the same answers.
 
-    folder: of the measured losses; predictors: a folder of trained ones. Raises ValueError if the answers are others by now.
+    folder: of the measured losses; predictors: a folder of trained ones; rankings: default the library's. Raises
+    ValueError if the answers are others by now.
     """
     about = json.loads((folder / f"headroom_layer{layer}_about.json").read_text())
     lab = Laboratory.load(about["model"], layer)
@@ -92,7 +94,7 @@ def measure_predictors(
     stored, found, samples = Store(store, lab), [], []
     for batch, images in _batches(lab, about["source"], about["n"], about["tasks"], batch_size):
         samples += [e.name for e in batch]
-        found.append(Work(lab, batch, images, about["rankings"], stored).dyrate(trained))
+        found.append(Work(lab, batch, images, rankings or about["rankings"], stored).dyrate(trained))
     if samples != list(known["sample"]):
         raise ValueError(f"{folder} was measured on other answers than these: measure the library anew")
     path = folder / f"headroom_layer{layer}_dyrate.csv.gz"
