@@ -92,8 +92,8 @@ def test_the_papers_recipe_is_told_with_each_budget():
     rows = [row_of(recipe, "first", 0.1, 0.2, equal=equal) for recipe in ("evict-0.33", "evict_macs-0.65", "rloo-0.25")
             for equal in ("retention", "computation")]  # fmt: skip
     assert recipes.budget_said(pd.DataFrame(rows)) == (
-        "What the paper's recipe gains on the constant of its own computation (nats a token): +0.150 (+0.100 to +0.200) as the paper "
-        "says, +0.150 (+0.100 to +0.200) with a budget in multiply-accumulates."
+        "What the paper's recipe gains on the constant of its own computation (nats a token): +0.150 (+0.100 to +0.200) "
+        "as the paper says, +0.150 (+0.100 to +0.200) with a budget in multiply-accumulates."
     )
 
 
