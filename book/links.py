@@ -27,7 +27,7 @@ def with_links(notebook, name: str, repository: str | None, results: Path):
     cells = []
     for i, cell in enumerate(notebook.cells):
         if "injected-parameters" in cell.metadata.get("tags", []):
-            cell.metadata.tags.append("hide-input")  # they stand in the badge and in how the book was made
+            cell.metadata.tags.append("remove-cell")  # they stand in the badge and in how the book was made
         cells.append(cell)
         if i == 0:
             cells.append(line("launch", launch(name, repository)))

@@ -215,7 +215,7 @@ def compared_shown(table: pd.DataFrame, laboratory: str) -> pd.DataFrame:
     keys = ["task", "method", "budget"]
     wide = of.assign(text=[in_words(row, SIGNED) for _, row in of.iterrows()]).pivot(index=keys, columns="basis", values="text")
     costs = of.drop_duplicates(keys).set_index(keys)[["score", *BASES]].rename(columns={"computation": "share of computation"})
-    wide = costs.join(wide.reindex(columns=list(BASES)).rename(columns=BASES).fillna("cheaper than any constant measured"))
+    wide = costs.join(wide.reindex(columns=list(BASES)).rename(columns=BASES).fillna("none measured"))
     return wide.reset_index().assign(task=lambda x: x.task.map(shown)).rename(columns={"retention": "measured retention"})
 
 

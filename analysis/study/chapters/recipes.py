@@ -158,7 +158,7 @@ def answers_shown(table: pd.DataFrame) -> pd.DataFrame:
     same, as_dear = (table[table.equal == equal].reset_index(drop=True) for equal in EQUAL)
     gain, gain_as_dear = ([in_words(row, SIGNED) for row in of.to_dict("records")] for of in (same, as_dear))
     return pd.DataFrame({
-        "laboratory": same.laboratory, "recipe": same.recipe, "trainings": same.seeds, "answers": same.n,
+        "laboratory": same.laboratory, "recipe": same.recipe, "answers": same.n,
         "measured retention": same.retention, "constant": same.constant, "DyRate": same.score,
         "gain on the constant": gain, "computation": as_dear.computation, "gain at equal computation": gain_as_dear,
     })  # fmt: skip
