@@ -73,8 +73,8 @@ def test_the_finding_quotes_dyrates_own_share_beside_the_hypothetical_one():
     results = {key: {"value": x, "low": x - 0.1, "high": x + 0.1, "n": 3} for key, x in shares.items()}
     left = pd.DataFrame({"new tokens": [16, 64], "with cache, % left": [99.9, 99.8]})
     text = efficiency.finding(left, {"about": about, "results": results})
-    assert "DyRate, at a forced mean retention of 0.33, realises 70 % (60 to 80 %, n = 3 repeats)" in text
-    assert "`generate`'s, an unmeasured part. A hypothetical R = .9 realises 110 % (100 to 120 %, n = 3 repeats)" in text
+    assert "DyRate, at a forced mean retention of 0.33, realises an unmeasured part of the time" in text
+    assert "copies more, it is 70 % (60 to 80 %, n = 3 repeats). A hypothetical R = .9 realises 110 % (100 to 120 %, n" in text
     assert "leaves 99.8 % of LLaVA-1.5-7B's multiply-accumulates (computed, 64 new tokens)" in text
     assert "leaves 99.9 %" in efficiency.finding(left[:1], {"about": about, "results": results})
 

@@ -291,9 +291,10 @@ def finding(left: pd.DataFrame, measured: dict) -> str:
     batch, retention = (measured["about"][key] for key in ("batch", "retention"))
     line = left.iloc[min(1, len(left) - 1)]
     return (
-        f"**On {bench_sentence(measured)}, DyRate, at a forced mean retention of {retention:.2f}, realises {dyrate} of the time "
-        f"that its dropping could save while decoding at batch {batch}.** Beside a model with the engine's cache, which copies "
-        f"less than plain `generate`'s, {same}. A hypothetical R = .9 realises {fixed} there, and {prefill} in the prefill. "
+        f"**On {bench_sentence(measured)}, DyRate, at a forced mean retention of {retention:.2f}, realises {same} of the time "
+        f"that its dropping could save while decoding at batch {batch}, beside a model with the same cache.** Beside plain "
+        f"`generate`, whose cache copies more, it is {dyrate}. A hypothetical R = .9 realises {fixed} there, and {prefill} in "
+        "the prefill. "
         f"**With a cache, dropping every image token while decoding leaves {line['with cache, % left']:.1f} % of LLaVA-1.5-7B's "
         f"multiply-accumulates (computed, {line['new tokens']:.0f} new tokens): it saves memory, not computation.**"
     )
