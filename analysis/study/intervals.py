@@ -62,15 +62,15 @@ def _resampled_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarra
     """The mean in each resample: one number, or one row, each."""
     n = len(values)
     if n < 5000:
-        return _weights(n, resamples, seed) @ values
+        return _drawn(n, resamples, seed) @ values / n
     rng = np.random.default_rng(seed)
     return np.stack([values[rng.integers(0, n, n)].mean(0) for _ in range(resamples)])
 
 
 @lru_cache(maxsize=4)
-def _weights(n: int, resamples: int, seed: int) -> np.ndarray:
-    """The share of each sample in each resample, (resample, sample)."""
-    return _counts(np.random.default_rng(seed).integers(0, n, (resamples, n)), n) / n
+def _drawn(n: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each sample was drawn in each resample, (resample, sample): whole numbers, for products of floats."""
+    return _counts(np.random.default_rng(seed).integers(0, n, (resamples, n)), n).astype(float)
 
 
 def _counts(drawn: np.ndarray, size: int) -> np.ndarray:

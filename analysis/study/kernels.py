@@ -9,12 +9,15 @@ import asyncio
 import importlib
 import os
 import pkgutil
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint
 
 from ipykernel.kernelapp import IPKernelApp
+from IPython import get_ipython
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
+from traitlets.config import Application
 
 import study.chapters
 
@@ -82,7 +85,12 @@ def _serve(arguments: list[str], cwd: str, env: dict[str, str]) -> None:
         os.chdir(cwd)
         os.environ.update(env)
         asyncio.set_event_loop(asyncio.new_event_loop())  # the parent's own runs in the parent
+        for own in (get_ipython(), Application._instance):  # where the parent itself is IPython
+            if own is not None:
+                type(own).clear_instance()
         IPKernelApp.launch_instance(argv=arguments)
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)

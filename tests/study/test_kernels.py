@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from jupyter_client.provisioning import KernelProvisionerFactory
 
 from study import kernels
@@ -52,6 +53,16 @@ def test_two_kernels_of_one_process_do_not_see_each_other(tmp_path):
     with kernels.forked():
         executed(tmp_path, "import study.intervals; study.intervals.MATTERS = 5")
         assert executed(tmp_path, "import study.intervals; print(study.intervals.MATTERS)").cells[0].outputs[0].text == "0.01\n"
+
+
+def test_a_kernel_is_forked_from_ipython_too(tmp_path):
+    shell = InteractiveShell.instance()
+    try:
+        with kernels.forked():
+            assert executed(tmp_path, "print(type(get_ipython()).__name__)").cells[0].outputs[0].text == "ZMQInteractiveShell\n"
+        assert InteractiveShell.instance() is shell
+    finally:
+        InteractiveShell.clear_instance()
 
 
 def test_what_fails_in_a_forked_kernel_is_reported(tmp_path):

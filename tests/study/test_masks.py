@@ -50,8 +50,8 @@ def test_of_photographs_nothing_is_claimed_about_what_they_show(tmp_path):
     masks.record(chapter, measured(answers, images=[photograph]))
     assert set(chapter.numbers) == {"row_bias", "kept_first", "kept_last", "first_pruned_layer"}
     assert chapter.texts["masks_finding"] == (
-        "With a (images) and the predictor p, 2 of 2 answers end at the same retention, 0.250 (distinct last retentions: 1); "
-        "at the first token it is 1.00 (1.00 to 1.00). 95 % intervals."
+        "**With `a` (images) and the predictor `p`, 2 of 2 answers end at the same retention, 0.250 (distinct last retentions: "
+        "1); at the first token it is 1.00 (1.00 to 1.00).** 95 % intervals."
     )
     assert "scenes only" in chapter.texts["masks_on_content"]
     shown = masks.beside_unpruned([masks.Answer("a", None, [], np.ones((1, 4), bool), None, "a cat", "a dog")])
