@@ -1,10 +1,12 @@
 """What build.py writes beside the chapters: rows under figures, Colab notebooks, BibTeX, the glossary, the API, the PDF."""
 
+import importlib
 import inspect
 import json
 import math
 import re
 import sys
+import threading
 from pathlib import Path
 
 import nbformat
@@ -26,6 +28,20 @@ RESULTS = ROOT / "data" / "results" / "pocket-full"
 
 def figure_cell(source: str, **metadata):
     return nbformat.v4.new_code_cell(source, metadata={"mystnb": {"figure": {}}, **metadata})
+
+
+def test_two_books_are_not_built_at_once(tmp_path, monkeypatch, capfd):
+    build = importlib.import_module("build")  # a folder of this name, where there is one, would sort the import elsewhere
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    first, done = build.alone(), []
+    second = threading.Thread(target=lambda: done.append(build.alone()))
+    second.start()
+    second.join(0.5)
+    assert not done and "waiting for its end" in capfd.readouterr().out
+    first.close()
+    second.join(10)
+    assert done
+    done[0].close()
 
 
 def test_a_figure_names_the_rows_it_is_drawn_from(tmp_path):
