@@ -8,7 +8,6 @@ Chromium to print it. Nothing is executed here.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import re
@@ -16,7 +15,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TextIO
 
 import card
 import cite
@@ -33,6 +31,7 @@ import yaml
 from how_made import how_made, not_run, title
 
 from study.book import ROOT
+from study.lock import locked
 
 BOOK = Path(__file__).resolve().parent
 PDF = "dyrate-study.pdf"
@@ -55,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     if failed := sorted(executed.glob("*.failed.ipynb")):
         print(f"error: {failed[0].relative_to(ROOT)} failed; repair it and run it again before building the book")
         return 2
-    lock = alone()  # noqa: F841  (held until this returns)
+    lock = locked("book", "builds the book", wait=True)  # noqa: F841  (held until this returns; it would overwrite these pages)
     toc = write_pages(pages, given.repository, remeasured.measured_here(given.remeasured))
     shutil.rmtree(given.out, ignore_errors=True)
     if done := render_all(given.out, toc, given.profile, given.site):
@@ -64,19 +63,6 @@ def main(argv: list[str] | None = None) -> int:
         links.write_for_colab(given.out / "colab", given.repository)
     print(f"the book: {given.out / 'html' / 'index.html'}")
     return 0
-
-
-def alone() -> TextIO:
-    """Wait until no other process builds a book in this checkout, whose pages it would overwrite; held while the file is open."""
-    path = ROOT / "build" / "book.lock"
-    path.parent.mkdir(exist_ok=True)
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print("another process builds the book in this checkout: waiting for its end", flush=True)
-        fcntl.flock(file, fcntl.LOCK_EX)
-    return file
 
 
 def render_all(out: Path, toc: Path, profile: str, site: str | None) -> int:

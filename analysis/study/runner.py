@@ -6,7 +6,6 @@ The program is `analysis/run.py`.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import math
 import multiprocessing
@@ -21,7 +20,6 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TextIO
 
 import nbformat
 import papermill
@@ -35,6 +33,7 @@ from dyrate.models import read_config
 from study import kernels, planning
 from study.bench.machine import name_of_device, probe
 from study.examples import examples
+from study.lock import locked
 from study.profiles import PROVENANCE, ROOT, Plan, defaults, drawn, planned, predictors_of, read_plan, reads, rows_of
 from study.provenance import fingerprint, provenance, recorded, trained_here
 
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None, description: str | None = None) -> int:
         reference = (given.reference or ROOT / "data" / "results" / name).resolve()
         os.chdir(ROOT)  # what parameters name is relative to the repository
         check_kernel()
-        lock = locked(name)  # noqa: F841  (held until this returns)
+        lock = locked(name, f"runs the profile {name}")  # noqa: F841  (held until this returns)
         profile = f"check-{name}" if given.check else name
         if given.check:
             check_references(plan, reference)
@@ -97,25 +96,6 @@ def check_kernel() -> None:
             f"the Jupyter kernel 'python3' starts {command}, not {sys.executable}: unset JUPYTER_PATH or remove that kernel "
             "with `jupyter kernelspec remove python3`"
         )
-
-
-def locked(profile: str) -> TextIO:
-    """Take the profile's lock, held while the file is open: the system frees it when a process ends, however it ends.
-
-    Raises ValueError that names the process which has it.
-    """
-    path = ROOT / "build" / f"{profile}.lock"
-    path.parent.mkdir(exist_ok=True)
-    file = path.open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        raise ValueError(f"process {file.read()} runs the profile {profile} in this checkout: wait for it or end it") from error
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
 
 
 def to_run(plan: Plan, profile: str, force: bool) -> Plan:

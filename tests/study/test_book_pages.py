@@ -1,9 +1,9 @@
 """What build.py writes beside the chapters: rows under figures, Colab notebooks, BibTeX, the glossary, the API, the PDF."""
 
-import importlib
 import inspect
 import json
 import math
+import os
 import re
 import sys
 import threading
@@ -13,6 +13,7 @@ import nbformat
 import pytest
 
 import dyrate
+from study import lock
 from study.profiles import NOTEBOOKS, ROOT
 
 sys.path.insert(0, str(ROOT / "book"))
@@ -31,13 +32,12 @@ def figure_cell(source: str, **metadata):
 
 
 def test_two_books_are_not_built_at_once(tmp_path, monkeypatch, capfd):
-    build = importlib.import_module("build")  # a folder of this name, where there is one, would sort the import elsewhere
-    monkeypatch.setattr(build, "ROOT", tmp_path)
-    first, done = build.alone(), []
-    second = threading.Thread(target=lambda: done.append(build.alone()))
+    monkeypatch.setattr(lock, "ROOT", tmp_path)
+    first, done = lock.locked("book", "builds the book", wait=True), []
+    second = threading.Thread(target=lambda: done.append(lock.locked("book", "builds the book", wait=True)))
     second.start()
     second.join(0.5)
-    assert not done and "waiting for its end" in capfd.readouterr().out
+    assert not done and f"process {os.getpid()} builds the book in this checkout: waiting for its end" in capfd.readouterr().out
     first.close()
     second.join(10)
     assert done

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook
 
-from study import profiles, provenance, runner
+from study import lock, profiles, provenance, runner
 from study.provenance import fingerprint
 
 CHAPTERS = {  # parameters, and what is done before the numbers are written
@@ -63,7 +63,7 @@ def study(tmp_path, monkeypatch):
         metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
         nbformat.write(new_notebook(cells=cells, metadata=metadata), tmp_path / "analysis" / f"{name}.ipynb")
     (tmp_path / "analysis" / "params" / "tiny.yaml").write_text(yaml.safe_dump({name: {} for name in CHAPTERS}))
-    for module in (profiles, provenance, runner):
+    for module in (profiles, provenance, runner, lock):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(profiles, "NOTEBOOKS", sorted((tmp_path / "analysis").glob("*.ipynb")))
     monkeypatch.chdir(tmp_path)
@@ -149,8 +149,8 @@ def test_an_interrupt_ends_quietly_and_keeps_what_is_finished(study, how):
     script.write_text(textwrap.dedent(f"""
         import sys
         from pathlib import Path
-        from study import profiles, provenance, runner
-        for module in (profiles, provenance, runner):
+        from study import lock, profiles, provenance, runner
+        for module in (profiles, provenance, runner, lock):
             module.ROOT = Path("{study}")
         profiles.NOTEBOOKS = sorted((profiles.ROOT / "analysis").glob("*.ipynb"))
         sys.exit(runner.main(["--profile", "tiny", "--only", "01", "04", "--jobs", "2"]))
@@ -175,19 +175,19 @@ def test_an_interrupt_ends_quietly_and_keeps_what_is_finished(study, how):
     assert psutil.wait_procs([kernel], timeout=10)[1] == []
     assert (study / "build" / "analysis" / "tiny" / "04_sleeps.ipynb").exists()
     assert not (study / "build" / "analysis" / "tiny" / "01_sleeps.ipynb").exists()
-    runner.locked("tiny").close()
+    runner.locked("tiny", "runs the profile tiny").close()
 
 
 def test_two_runs_of_a_profile_do_not_meet(study, capfd):
-    held = runner.locked("tiny")
+    held = runner.locked("tiny", "runs the profile tiny")
     assert runner.main(["--profile", "tiny", "--only", "01"]) == 2
     assert f"process {os.getpid()} runs the profile tiny in this checkout" in capfd.readouterr().err
-    runner.locked("another").close()
+    runner.locked("another", "runs the profile another").close()
     held.close()
     dead = subprocess.Popen(["true"])
     dead.wait()
     (study / "build" / "tiny.lock").write_text(str(dead.pid))  # as a process that was killed leaves it
-    taken = runner.locked("tiny")
+    taken = runner.locked("tiny", "runs the profile tiny")
     assert (study / "build" / "tiny.lock").read_text() == str(os.getpid())
     taken.close()
 

@@ -15,7 +15,6 @@ from dyrate.data import Examples
 from dyrate.generation import encode
 from dyrate.models import describe
 from dyrate.strategy import STRATEGIES, retention_of
-from study import controls  # noqa: F401  (registers its strategies)
 from study.answers import answer_all
 from study.book import ROOT, Chapter
 from study.compared import lineup

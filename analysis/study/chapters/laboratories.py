@@ -15,7 +15,6 @@ from pathlib import Path
 import pandas as pd
 
 from dyrate.strategies import STRATEGIES
-from study import controls  # noqa: F401  (registers its strategies)
 from study.book import NUMBER, ROOT, Chapter
 from study.chapters.attention import MEASURES
 from study.compared import METHODS, RETENTIONS

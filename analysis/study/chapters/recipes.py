@@ -20,6 +20,7 @@ from study.intervals import bootstrap, in_words
 
 DISTANCE = 4  # steps of the grid on both sides over which a slope counts as measured
 MEASURED, BACKWARD = "measured", "backward"
+OWN = "the paper's"
 VARIANTS = {
     "evict_macs": "the paper's with a budget in multiply-accumulates", "evict_mix": "the paper's, trained on all eight tasks",
     "curves": "reads logarithms of attention shares, chooses one rate an answer",
@@ -69,7 +70,7 @@ def variants_shown(table: pd.DataFrame) -> pd.DataFrame:
     same, as_dear = (table[table.equal == equal].set_index("recipe") for equal in EQUAL)
     as_dear = as_dear.loc[same.index]
     return pd.DataFrame({
-        "recipe": same.index, "what it is": [VARIANTS.get(recipe.split("-")[0], "the paper's") for recipe in same.index],
+        "recipe": same.index, "what it is": [VARIANTS.get(recipe.split("-")[0], OWN) for recipe in same.index],
         "retention": list(same.cost), "gain at equal retention": [in_words(row, SIGNED) for row in same.to_dict("records")],
         "captured": [captured_said(row) for row in same.itertuples()], "computation": list(as_dear.cost),
         "gain at equal computation": [in_words(row, SIGNED) for row in as_dear.to_dict("records")],
@@ -78,14 +79,13 @@ def variants_shown(table: pd.DataFrame) -> pd.DataFrame:
 
 def budget_said(table: pd.DataFrame) -> str:
     """What a budget in multiply-accumulates, and training on all tasks, change in the paper's recipe. table: `variants`."""
-    as_dear = table[table.equal == "computation"]
-    names = {"evict_macs": "with a budget in multiply-accumulates", "evict_mix": "trained on all eight tasks"}
     parts = []
-    for row in as_dear.to_dict("records"):
-        recipe = row["recipe"].split("-")[0]
-        how = "as the paper says" if PAPER.fullmatch(row["recipe"]) else names.get(recipe)
-        if how:
-            parts.append(f"{in_words(row, SIGNED)} {how}")
+    for row in table[table.equal == "computation"].to_dict("records"):
+        if PAPER.fullmatch(row["recipe"]):
+            parts.append(f"{in_words(row, SIGNED)} as the paper says")
+        elif row["recipe"].startswith("evict_"):
+            said = VARIANTS[row["recipe"].split("-")[0]].removeprefix(OWN).lstrip(", ")
+            parts.append(f"{in_words(row, SIGNED)} {said}")
     return f"What the paper's recipe gains on the constant of its own computation (nats a token): {', '.join(parts)}."
 
 
