@@ -1,6 +1,7 @@
-"""Jupyter kernels forked from a process that has imported everything: one starts in a fraction of a second, not in six.
+"""How a notebook's kernel is reached, and kernels that are forked from a process which has imported everything.
 
-For drawing alone: a process that is forked after torch has computed must not compute with it again.
+A forked one starts in a fraction of a second, not in six. For drawing alone: a process that is forked after torch has
+computed must not compute with it again.
 """
 
 from __future__ import annotations
@@ -17,11 +18,19 @@ from importlib.metadata import EntryPoint
 from ipykernel.kernelapp import IPKernelApp
 from IPython import get_ipython
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
-from traitlets.config import Application
+from traitlets.config import Application, Config
 
 import study.chapters
 
 NAME = "forked"
+
+
+def reached_through(socket: str) -> Config:
+    """Settings with which a kernel is reached through files of these first letters, not through ports.
+
+    Jupyter's default is ports that are free when it looks: another process may take one before the kernel does.
+    """
+    return Config(KernelManager={"transport": "ipc", "ip": socket})
 
 
 @contextmanager

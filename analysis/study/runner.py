@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import nbformat
@@ -75,8 +76,9 @@ def main(argv: list[str] | None = None, description: str | None = None) -> int:
         print(f"about {spoken(sum(expected.values()))} on this {name_of_device()}; continue with --yes")
         return 3
     try:
-        with kernels.forked() if given.draw and todo else nullcontext():
-            failed = run(todo, profile, max(1, given.jobs or default_jobs(todo)), given.force or given.check, expected)
+        jobs = max(1, given.jobs or default_jobs(todo))
+        with kernels.forked() if given.draw and todo else nullcontext(), TemporaryDirectory(prefix="kernels-") as sockets:
+            failed = run(todo, profile, jobs, given.force or given.check, expected, sockets)
     except KeyboardInterrupt:
         print("\ninterrupted: finished chapters and finished answers are kept", file=sys.stderr)
         return 130
@@ -207,8 +209,11 @@ def recorded_seconds(notebook: Path, values: dict, profile: str) -> float:
     return (recorded(where(notebook, profile, values)[1]) or recorded(reference)).get("seconds", 0.0)
 
 
-def run(todo: Plan, profile: str, jobs: int, force: bool, expected: dict[str, float]) -> list[str]:
-    """Execute chapters, `jobs` at a time, the longest first; returns those that failed. The others are run to their end."""
+def run(todo: Plan, profile: str, jobs: int, force: bool, expected: dict[str, float], sockets: str) -> list[str]:
+    """Execute chapters, `jobs` at a time, the longest first; returns those that failed. The others are run to their end.
+
+    sockets: a folder for files through which kernels are reached.
+    """
     coming, failed, running = planned(todo), [], {}
     late = [notebook for notebook, values in todo if reads(notebook, values, coming)]
     waiting = sorted(todo, key=lambda chapter: (chapter[0] in late, -recorded_seconds(*chapter, profile)))
@@ -220,7 +225,7 @@ def run(todo: Plan, profile: str, jobs: int, force: bool, expected: dict[str, fl
                 if notebook in late and not force and not changes(notebook, profile, values):
                     print(f"{notebook.stem}: up to date", flush=True)
                     continue
-                chapter = start(notebook, profile, values, jobs)
+                chapter = start(notebook, profile, values, jobs, sockets)
                 running[chapter.process.sentinel] = chapter
             for chapter in [running.pop(sentinel) for sentinel in wait(list(running))] if running else []:
                 stem = chapter.notebook.stem
@@ -239,7 +244,7 @@ def run(todo: Plan, profile: str, jobs: int, force: bool, expected: dict[str, fl
     return failed
 
 
-def start(notebook: Path, profile: str, values: dict, jobs: int) -> Running:
+def start(notebook: Path, profile: str, values: dict, jobs: int, sockets: str) -> Running:
     """Begin to execute a notebook into build/analysis/<profile>, with its part of the cores."""
     executed, headline = where(notebook, profile, values)
     executed.with_suffix(".failed.ipynb").unlink(missing_ok=True)
@@ -247,14 +252,15 @@ def start(notebook: Path, profile: str, values: dict, jobs: int) -> Running:
     state = fingerprint(notebook, values)
     results = os.path.relpath(headline.parent, ROOT)
     threads = max(1, CORES // jobs)
-    arguments = (notebook, executed.with_suffix(".part.ipynb"), {**values, "results": results}, threads, jobs == 1)
+    parameters, socket = {**values, "results": results}, f"{sockets}/{notebook.stem}"
+    arguments = (notebook, executed.with_suffix(".part.ipynb"), parameters, socket, threads, jobs == 1)
     print(f"{notebook.stem}: running with profile {profile}", flush=True)
     process = multiprocessing.Process(target=execute, args=arguments, daemon=True)
     process.start()
     return Running(notebook, profile, values, state, time.monotonic(), process)
 
 
-def execute(notebook: Path, part: Path, parameters: dict, threads: int, progress: bool) -> None:
+def execute(notebook: Path, part: Path, parameters: dict, socket: str, threads: int, progress: bool) -> None:
     """In a process of its own: ends with exit code 1 if a cell failed, and says which."""
     os.setsid()  # Ctrl-C reaches the runner alone, with which this process ends, and with this process its kernel
     runner = multiprocessing.parent_process()
@@ -264,7 +270,8 @@ def execute(notebook: Path, part: Path, parameters: dict, threads: int, progress
     try:
         papermill.execute_notebook(
             str(notebook), str(part), parameters, kernel_name="python3", cwd=str(ROOT), progress_bar=progress,
-            extra_arguments=["--log-level=CRITICAL"],  # of the kernel, which else warns of its unencrypted port
+            extra_arguments=["--log-level=CRITICAL"],  # of the kernel, which else warns when the runner was killed
+            config=kernels.reached_through(socket),
         )  # fmt: skip
     except papermill.PapermillExecutionError as error:
         print(f"error: cell {error.cell_index} of {notebook.name} failed: {error.ename}: {error.evalue}", file=sys.stderr)

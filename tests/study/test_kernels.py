@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nbformat
 import papermill
@@ -23,7 +25,9 @@ def executed(tmp_path, *cells: str) -> nbformat.NotebookNode:
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python", "language": "python"}
     nbformat.write(notebook, tmp_path / "in.ipynb")
     quiet = {"progress_bar": False, "extra_arguments": ["--log-level=CRITICAL"], "cwd": str(tmp_path)}
-    return papermill.execute_notebook(str(tmp_path / "in.ipynb"), str(tmp_path / "out.ipynb"), **quiet)
+    with TemporaryDirectory() as folder:  # the path of a socket is at most a hundred letters long; that of tmp_path may be more
+        config = kernels.reached_through(f"{folder}/kernel")
+        return papermill.execute_notebook(str(tmp_path / "in.ipynb"), str(tmp_path / "out.ipynb"), config=config, **quiet)
 
 
 def ended(pid: int) -> bool:
@@ -53,6 +57,14 @@ def test_two_kernels_of_one_process_do_not_see_each_other(tmp_path):
     with kernels.forked():
         executed(tmp_path, "import study.intervals; study.intervals.MATTERS = 5")
         assert executed(tmp_path, "import study.intervals; print(study.intervals.MATTERS)").cells[0].outputs[0].text == "0.01\n"
+
+
+@pytest.mark.parametrize("how", [kernels.forked, nullcontext], ids=["forked", "started"])
+def test_a_kernel_is_told_no_port(tmp_path, how):
+    """Another process may take a port that was free when Jupyter chose it."""
+    with how():
+        (cell,) = executed(tmp_path, "import ipykernel\nprint(ipykernel.get_connection_info(unpack=True)['transport'])").cells
+    assert cell.outputs[0].text.strip() == "ipc"
 
 
 def test_a_kernel_is_forked_from_ipython_too(tmp_path):
