@@ -133,19 +133,6 @@ def signs(
     ]
 
 
-def warnings_by_sign(signs: dict[float, Sequence[Sign]]) -> str:
-    """A sentence for each sign that warns: at which budgets, how far, and the remedy. signs: those of each budget's predictor."""
-    warning = [(budget, sign) for budget, of_budget in signs.items() for sign in of_budget if sign.warns]
-    sentences = []
-    for name in dict.fromkeys(sign.name for _, sign in warning):
-        budgets, same = zip(*((budget, sign) for budget, sign in warning if sign.name == name), strict=True)
-        values = ", ".join(f"{sign.measured:.3g}" for sign in same)
-        side = f"{'above' if same[0].above else 'below'} {same[0].limit:.3g}"
-        where = ", ".join(f"{budget:g}" for budget in budgets)
-        sentences.append(f"{name} at budget {where}: {values} {same[0].unit}, {side}; {same[0].remedy}")
-    return "It warns: " + ". ".join(sentences) + "." if sentences else "None warns here."
-
-
 def while_training(history: list[dict], grid_step: float) -> list[Sign]:
     """The signs that warn in the course so far: spread and mean of the retention, and the loss. grid_step: of the rates."""
     if len(history) < ENOUGH_STEPS:

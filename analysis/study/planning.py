@@ -58,11 +58,11 @@ def work(chapter: str, values: dict, predictors: Sequence[str]) -> Work:
         return Work(answers=per_set, **common)
     if chapter.startswith("02"):
         learn, check, unseen = (v[key] * len(v["tasks"]) for key in ("n_train", "n_validation", "n_test"))
-        budgets = len(v["budgets"])
+        trained = len(v["budgets"]) * v["seeds"]
         return Work(
-            answers=budgets * (CALIBRATION * check + unseen), **common,
-            teacher_forced=learn + (CONSTANTS + GRADIENT + budgets + 1) * unseen, held=learn,
-            trained=(budgets + 1) * v["steps"] * v["batch"] * v["accumulate"], train_batch=v["batch"],
+            answers=CALIBRATION * check + trained * (CALIBRATION * check + unseen), **common,
+            teacher_forced=v["seeds"] * learn + (CONSTANTS + GRADIENT + trained + 1) * unseen, held=learn,
+            trained=(trained + 1) * v["steps"] * v["batch"] * v["accumulate"], train_batch=v["batch"],
             checkpointing=v["checkpointing"],
         )  # fmt: skip
     if chapter.startswith("03"):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
+from dyrate.data import Examples
+from dyrate.models import describe
 from dyrate.strategies.dyrate import DyRate
+from dyrate.training import Settings
 from study.answers import Condition
 
 
@@ -19,3 +24,10 @@ def condition_of(folder: Path) -> Condition:
     recipe = settings.get("recipe", "paper")
     method = "DyRate" if recipe == "paper" else f"DyRate, {recipe}"
     return Condition(f"DyRate {folder.name}", strategy, method, budget, settings.get("seed"))
+
+
+def training_key(model, settings: Settings, learn: Examples, validation: Examples) -> str:
+    """Eight letters by which a stored training is found: they change with its settings, the model's shape and the examples."""
+    about = {k: v for k, v in describe(model).items() if k in ("family", "parameters", "layers", "heads")}
+    decisive = {"settings": settings.decisive(), "model": about, "examples": [e.name for e in (*learn, *validation)]}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]

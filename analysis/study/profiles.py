@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -116,8 +117,14 @@ def planned(plan: Plan) -> dict[str, list[str]]:
     for notebook, values in plan:
         if notebook.stem.startswith("02") and not values.get("draw"):
             v = {**defaults(notebook), **values}
-            found[v["predictors"]] = [f"{v['residency']}-{budget:g}" for budget in v["budgets"]]
+            trainings = itertools.product(v["budgets"], range(v["seeds"]))
+            found[v["predictors"]] = [predictor_name(v["residency"], *training) for training in trainings]
     return found
+
+
+def predictor_name(residency: str, budget: float, training: int) -> str:
+    """The folder of one that chapter 2 trains. training: 0, and above where it trains several for each budget."""
+    return f"{residency}-{budget:g}" + (f"-seed{training}" if training else "")
 
 
 def wanted_predictors(notebook: Path, values: dict) -> list[Path]:

@@ -23,6 +23,7 @@ from tiny_llava import WORDS, save_tiny_llava
 SMALL = {
     "n": 4, "n_train": 6, "n_validation": 2, "n_test": 3, "steps": 6, "batch": 2, "batch_size": 4, "max_new_tokens": 12,
     "budgets": [0.33, 0.75], "others": {"budget .75": "evict-0.75"}, "retentions": [0.5], "n_rates": 4,
+    "seeds": 2,
 }  # fmt: skip
 
 
@@ -105,8 +106,9 @@ def test_the_estimate_counts_what_is_done(whole, sections):
         values = {**defaults(notebook), **sections[name]}
         stored = sum(len(json.loads(path.read_text())) for path in Path(values["store"]).glob("*/*.json"))
         values["ablations"] = [alike(line) for line in values.get("ablations", [])]
-        counted = planning.work(name, values, ["evict-0.33", "evict-0.75"]).answers
-        unstored = 2 * values["n_validation"] if name == "07_dynamics" else 0  # which two predictors answer
+        trained = [f"evict-{budget}{seed}" for budget in ("0.33", "0.75") for seed in ("", "-seed1")]
+        counted = planning.work(name, values, trained).answers
+        unstored = len(trained) * values["n_validation"] if name == "07_dynamics" else 0  # which each predictor answers
         assert counted - unstored == stored, name
 
 

@@ -28,7 +28,7 @@ CHAPTERS = {  # parameters, and what is done before the numbers are written
         "    rows.write_text('5')\nvalue = int(rows.read_text())",
     ),
     "02_trains": (
-        'residency = "evict"\nbudgets = [0.33]\npredictors = "build/predictors"\nfails = False\nseconds = 1.0',
+        'residency = "evict"\nbudgets = [0.33]\nseeds = 1\npredictors = "build/predictors"\nfails = False\nseconds = 1.0',
         "time.sleep(seconds)\nassert not fails\nfolder = Path(predictors) / 'evict-0.33'\n"
         "folder.mkdir(parents=True, exist_ok=True)\n(folder / 'model.safetensors').write_text('weights')",
     ),

@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -30,7 +28,7 @@ from study.answers import Condition, answer_all
 from study.book import ROOT, Chapter
 from study.examples import examples as study_examples
 from study.intervals import bootstrap, in_words, interpolated, verdict
-from study.predictors import condition_of
+from study.predictors import condition_of, training_key
 from study.scores import scored
 
 KEYS = {"group", "label", "strategy", "fields", "generate", "train", "predictor"}
@@ -125,9 +123,7 @@ def condition(
     if "predictor" in line:
         return replace(condition_of(ROOT / line["predictor"]), **how)
     settings = Settings(**line["train"])
-    about = {k: v for k, v in describe(model).items() if k in ("family", "parameters", "layers", "heads")}
-    decisive = {"settings": settings.decisive(), "model": about, "examples": [e.name for e in (*learn, *validation)]}
-    key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:8]
+    key = training_key(model, settings, learn, validation)
     name = re.sub(r"[^a-z0-9.]+", "-", f"{line['group']} {line['label']}".lower())
     folder = next(trained.glob(f"*-{key}"), trained / f"{name}-{key}")  # lines of several groups may share one
     if not folder.exists():

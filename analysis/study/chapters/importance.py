@@ -296,11 +296,18 @@ def _of(table: pd.DataFrame, laboratory: str, **where) -> pd.DataFrame:
     return rows
 
 
-def record(chapter: Chapter, measured: Sequence[Measured]) -> None:
-    """The chapter's headline numbers, sentences and tables."""
-    agreed, worths = agreement(measured), worth(measured)
-    beyond = beyond_agreement(measured, agreed)
-    tables = {"checks": checks(measured), "agreement": agreed, "noise": noise(measured), "worth": worths, "beyond": beyond}
+def tables_of(measured: Sequence[Measured]) -> dict[str, pd.DataFrame]:
+    """The chapter's tables by name."""
+    agreed = agreement(measured)
+    return {
+        "checks": checks(measured), "agreement": agreed, "noise": noise(measured), "worth": worth(measured),
+        "beyond": beyond_agreement(measured, agreed),
+    }  # fmt: skip
+
+
+def record(chapter: Chapter, measured: Sequence[Measured], tables: dict[str, pd.DataFrame]) -> None:
+    """The chapter's headline numbers, sentences and tables, `tables_of`."""
+    agreed, worths = tables["agreement"], tables["worth"]
     for name, table in tables.items():
         chapter.table(f"{chapter.name}_{name}.csv", table)
     for lab in measured:
@@ -312,7 +319,7 @@ def record(chapter: Chapter, measured: Sequence[Measured]) -> None:
                 chapter.number(f"importance_{key}_worth_{layer}", of)
     chapter.text("importance_finding", finding(measured, agreed, worths))
     chapter.text("importance_rankings", rankings_said(measured, agreed))
-    chapter.text("importance_beyond", beyond_said(beyond))
+    chapter.text("importance_beyond", beyond_said(tables["beyond"]))
     chapter.text("importance_measured_on", _measured_on(measured))
 
 

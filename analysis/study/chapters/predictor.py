@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,7 +23,9 @@ from dyrate.training import Settings, Trained, Trainer, batches_to_learn, calibr
 from study.book import ROOT, Chapter
 from study.examples import examples as study_examples
 from study.examples import left_out, model_and_images
-from study.intervals import bootstrap, in_words, interpolated
+from study.intervals import bootstrap, bootstrap_crossed, in_words, interpolated
+from study.predictors import training_key
+from study.profiles import predictor_name
 
 SHOWN = 0.33  # the budget whose predictor is shown, or the one next to it
 
@@ -30,12 +34,13 @@ SHOWN = 0.33  # the budget whose predictor is shown, or the one next to it
 class Predictors:
     """What the trained predictors do on unseen examples.
 
-    budget, n_rates: of the predictor shown. measured_on: for captions. place: model and images, for the headline. Tables:
-    history: one row a budget and training step. retention: `met`. answers: every answer under each budget's predictor,
-    teacher-forced: budget, sequence, task, loss (nats a token), retention. rates: the rate at each of its steps. weights: of the
-    predictor shown, `slopes`. constant_answers: `under_constants`. gradient: `predicted_by_gradient` at the rate that the budget
-    shown leaves. signs: of failure, one row each. diagnosis: their warnings in words. four_rates_change: over an answer, of a
-    predictor like the one shown with four rates.
+    budget, n_rates: of the predictor shown, the first seed's. measured_on: for captions. place: model and images, for the
+    headline. Tables: history: of each budget's first training, one row a step. generated: the mean retention of every greedy
+    answer: budget, seed, sequence, retention. answers: every answer under each predictor, teacher-forced: budget, seed, sequence,
+    task, loss (nats a token), retention, rate_change (from its first third to its last; NaN in answers of fewer than nine
+    tokens). rates: of the predictor shown, at each step. weights: its `slopes`. constant_answers: `under_constants`. gradient:
+    `predicted_by_gradient` at the rate that the budget shown leaves. signs: of failure, one row each. four_rates_change: over an
+    answer, of a predictor like the one shown with four rates.
     """
 
     unseen: Examples
@@ -43,10 +48,9 @@ class Predictors:
     n_rates: int
     measured_on: str
     place: str
-    diagnosis: str
     four_rates_change: float
     history: pd.DataFrame
-    retention: pd.DataFrame
+    generated: pd.DataFrame
     answers: pd.DataFrame
     rates: pd.DataFrame
     weights: pd.DataFrame
@@ -60,52 +64,70 @@ class Predictors:
         return self.unseen[0].task
 
     @property
-    def shown_rates(self) -> pd.DataFrame:
-        """The rates of the predictor shown: task, sequence, step, rate."""
-        return self.rates[self.rates.budget == self.budget].drop(columns="budget")
+    def seeds(self) -> int:
+        """Trainings of each budget."""
+        return self.answers.seed.nunique()
+
+    @cached_property
+    def retention(self) -> pd.DataFrame:
+        """The mean retention of generation under each budget's predictors."""
+        return self._over_both(self.generated, "retention")
 
     @property
     def worst_miss(self) -> float:
-        """The largest distance of a measured mean retention from its budget, in percentage points."""
-        return 100 * (self.retention.value - self.retention.budget).abs().max()
+        """The largest distance of a predictor's mean retention in generation from its budget, in percentage points."""
+        mean = self.generated.groupby(["budget", "seed"], as_index=False).retention.mean()
+        return 100 * (mean.retention - mean.budget).abs().max()
 
     @cached_property
     def constant(self) -> pd.DataFrame:
         """Loss and retention of each constant rate, means over answers, with 95 % intervals of the loss."""
-        return pd.DataFrame([_mean_loss(rows) for _, rows in self.constant_answers.groupby("rate")])
+        rows = []
+        for _, answers in self.constant_answers.groupby("rate"):
+            loss = bootstrap(answers.loss)
+            rows.append({"retention": answers.retention.mean(), "loss": loss.pop("value")} | loss)
+        return pd.DataFrame(rows)
 
     @cached_property
     def learned(self) -> pd.DataFrame:
-        """The same of each budget's predictor."""
-        return pd.DataFrame([{"budget": budget} | _mean_loss(rows) for budget, rows in self.answers.groupby("budget")])
+        """The same of each budget's predictors."""
+        loss = self._over_both(self.answers, "loss").rename(columns={"value": "loss"})
+        loss.insert(1, "retention", self.answers.groupby("budget").retention.mean().to_numpy())
+        return loss
 
     @cached_property
     def minus_constant(self) -> pd.DataFrame:
-        """Loss of each budget's predictor minus that of a constant rate, interpolated at the same retention; over answers."""
+        """Loss of each budget's predictors minus that of a constant rate, interpolated at the retention of each."""
         retention = self.constant_answers.groupby("rate").retention.mean()
-        losses, rows = self.constant_answers.pivot(index="sequence", columns="rate", values="loss"), []
-        for budget, answers in self.answers.groupby("budget"):
+        losses, differences = self.constant_answers.pivot(index="sequence", columns="rate", values="loss"), []
+        for _, answers in self.answers.groupby(["budget", "seed"]):
             same = interpolated(retention, losses, answers.retention.mean())
-            difference = answers.set_index("sequence").loss - same
-            rows.append({"budget": budget, "retention": answers.retention.mean()} | bootstrap(difference))
-        return pd.DataFrame(rows)
+            differences.append(answers.assign(minus=answers.loss.to_numpy() - same[answers.sequence].to_numpy()))
+        found = self._over_both(pd.concat(differences), "minus")
+        found.insert(1, "retention", self.answers.groupby("budget").retention.mean().to_numpy())
+        return found
 
     @cached_property
     def rate_change(self) -> pd.DataFrame:
         """Change of the rate from the first third of an answer to the first task to its last, for each budget."""
-        rows = []
-        for budget, rates in self.rates[self.rates.task == self.task].groupby("budget"):
-            courses = [{"rates": of.to_list()} for _, of in rates.groupby("sequence", sort=False).rate]
-            rows.append({"budget": budget} | bootstrap(rate_changes(courses)))
-        return pd.DataFrame(rows)
+        return self._over_both(self.answers[self.answers.task == self.task], "rate_change")
+
+    @staticmethod
+    def _over_both(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+        """A column's mean for each budget with its 95 % interval over answers and seeds; answers with a NaN are left out."""
+        tables = {budget: of.pivot(index="sequence", columns="seed", values=column) for budget, of in rows.groupby("budget")}
+        return pd.DataFrame([{"budget": budget} | bootstrap_crossed(table.dropna()) for budget, table in tables.items()])
 
 
 def measure(
     *, model: str, source: str, tasks: Sequence[str], n_train: int, n_validation: int, n_test: int, budgets: Sequence[float],
-    steps: int, batch: int, accumulate: int, checkpointing: bool, first_pruned_layer: int, residency: str, n_rates: int,
-    predictors: str, max_new_tokens: int, batch_size: int, seed: int, device_map: str = "", **_,
+    seeds: int, steps: int, batch: int, accumulate: int, checkpointing: bool, first_pruned_layer: int, residency: str,
+    n_rates: int, predictors: str, max_new_tokens: int, batch_size: int, seed: int, device_map: str = "", **_,
 ) -> Predictors:  # fmt: skip
-    """Train a predictor for each budget and save it, and one with four rates. Parameters: the notebook's."""
+    """Train `seeds` predictors for each budget and save them, and one with four rates. Parameters: the notebook's.
+
+    An interrupted measurement goes on from the trainings that it finished, and within one.
+    """
     learn = study_examples(source, n_train, tasks=tasks, split="train", seed=seed)
     check = study_examples(source, n_validation, tasks=tasks, split="validation", seed=seed + 1)
     unseen = study_examples(source, n_test, tasks=tasks, split="test", seed=seed + 2)
@@ -115,51 +137,59 @@ def measure(
         checkpointing=checkpointing, first_pruned_layer=first_pruned_layer, residency=residency, n_rates=n_rates, seed=seed,
     )  # fmt: skip
     four = replace(shown, n_rates=4)
-    four_rates = untrained(loaded, four, learn)
-    prepared = batches_to_learn(loaded, processor, four_rates, learn, four)  # for every budget the same
-    Trainer(loaded, four_rates, prepared, four).run()
-    trained = train_all(loaded, processor, [replace(shown, budget=b) for b in budgets], learn, prepared, check, batch_size)
-    for budget, training in trained.items():
+    asked = [replace(shown, budget=budget, seed=seed + i) for i in range(seeds) for budget in budgets]
+    work = ROOT / predictors / "unfinished"
+    trained = train_all(loaded, processor, [four, *asked], learn, check, batch_size, work)
+    four_rates = trained.pop(0).predictor
+    for settings, training in zip(asked, trained, strict=True):
         training.predictor.about |= {"model": model, "n_train": len(learn)}
-        training.predictor.save_pretrained(ROOT / predictors / f"{residency}-{budget:g}")
+        training.predictor.save_pretrained(ROOT / predictors / predictor_name(residency, settings.budget, settings.seed - seed))
     test = prepare_examples(loaded, processor, four_rates, unseen, batch)
     about = describe(loaded)
     measured_on = (
         f"`{model}` ({about['family']}, {about['parameters'] / 1e6:.1f} M parameters), "
         f"{len(learn)} answers to train{left_out(learn)}, {len(check)} to calibrate{left_out(check)}, "
-        f"{len(unseen)} unseen to test{left_out(unseen)}, residency {residency}, seed {seed}"
+        f"{len(unseen)} unseen to test{left_out(unseen)}, residency {residency}, "
+        + (f"seeds {seed} to {seed + seeds - 1}" if seeds > 1 else f"seed {seed}")
     )
     generation = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    answers, rates = _forced(loaded, {b: t.predictor for b, t in trained.items()}, test)
-    predictor = trained[shown.budget].predictor
-    return Predictors(
+    of = dict(zip([(settings.budget, settings.seed) for settings in asked], trained, strict=True))
+    predictor = of[shown.budget, seed].predictor
+    answers, rates = zip(*(_forced(loaded, of[key].predictor, test) for key in of), strict=True)
+    measured = Predictors(
         unseen=unseen, budget=shown.budget, n_rates=n_rates, measured_on=measured_on, place=model_and_images(model, unseen),
-        diagnosis=diagnostics.warnings_by_sign({b: t.signs for b, t in trained.items()}),
         four_rates_change=float(np.mean(rate_changes(teacher_forced(loaded, four_rates, test)))),
-        history=pd.concat([pd.DataFrame(t.history).assign(budget=b) for b, t in trained.items()], ignore_index=True),
-        retention=met(loaded, processor, {b: t.predictor for b, t in trained.items()}, unseen, generation),
-        answers=answers, rates=rates, weights=slopes(predictor), constant_answers=under_constants(loaded, predictor, test),
-        gradient=_gradient(loaded, predictor, test, shown, {unseen[0].task, "caption"}), signs=_signs(trained),
+        history=pd.concat([pd.DataFrame(of[b, seed].history).assign(budget=b) for b in budgets], ignore_index=True),
+        generated=by_budget_and_seed(of, [_generated(loaded, processor, t.predictor, unseen, generation) for t in trained]),
+        answers=by_budget_and_seed(of, answers), rates=rates[list(of).index((shown.budget, seed))], weights=slopes(predictor),
+        constant_answers=under_constants(loaded, predictor, test),
+        gradient=_gradient(loaded, predictor, test, shown, {unseen[0].task, "caption"}),
+        signs=by_budget_and_seed(of, [_signs(training) for training in trained]),
     )  # fmt: skip
+    shutil.rmtree(work)
+    return measured
 
 
-def met(model, processor, predictors: dict[float, RatePredictor], examples: Examples, generation: dict) -> pd.DataFrame:
-    """The mean retention of greedy generation under each budget's predictor, with 95 % intervals over answers."""
-    rows = []
-    for budget, predictor in predictors.items():
-        paths = trajectories(model, processor, DyRate.of(predictor), examples, **generation)
-        rows.append({"budget": budget} | bootstrap([np.mean(path) for path in paths.values()]))
-    return pd.DataFrame(rows)
+def by_budget_and_seed(keys: Iterable[tuple[float, int]], tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Tables below each other, each with its budget and its seed in front."""
+    return pd.concat(dict(zip(keys, tables, strict=True)), names=["budget", "seed"]).reset_index(level=[0, 1])
 
 
-def _forced(model, predictors: dict[float, RatePredictor], prepared: list[Prepared]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Every answer under each budget's predictor, and the rate at each of its steps."""
+def _generated(model, processor, predictor: RatePredictor, examples: Examples, generation: dict) -> pd.DataFrame:
+    """The mean retention of each greedy answer under a predictor: sequence, retention."""
+    paths = trajectories(model, processor, DyRate.of(predictor), examples, **generation)
+    means = [np.mean(paths[example.name]) for example in examples if example.name in paths]
+    return pd.DataFrame({"retention": means}).rename_axis("sequence").reset_index()
+
+
+def _forced(model, predictor: RatePredictor, prepared: list[Prepared]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Every answer under a predictor, teacher-forced, and the rate at each of its steps."""
     answers, rates = [], []
-    for budget, predictor in predictors.items():
-        for i, row in enumerate(teacher_forced(model, predictor, prepared)):
-            about = {"budget": budget, "sequence": i, "task": row["task"]}
-            answers.append(about | {"loss": row["loss"], "retention": row["retention"]})
-            rates += [about | {"step": step, "rate": float(rate)} for step, rate in enumerate(row["rates"])]
+    for i, row in enumerate(teacher_forced(model, predictor, prepared)):
+        about = {"sequence": i, "task": row["task"]}
+        (change,) = rate_changes([row]) or [np.nan]
+        answers.append(about | {"loss": row["loss"], "retention": row["retention"], "rate_change": change})
+        rates += [about | {"step": step, "rate": float(rate)} for step, rate in enumerate(row["rates"])]
     return pd.DataFrame(answers), pd.DataFrame(rates)
 
 
@@ -187,41 +217,45 @@ def _gradient(model, predictor: RatePredictor, prepared: list[Prepared], setting
     return pd.DataFrame([row for row in rows if row["task"] in tasks])
 
 
-def _signs(trained: dict[float, Trained]) -> pd.DataFrame:
-    """Signs of failure of each budget's predictor, one row each."""
-    rows = [{"budget": budget, "warns": sign.warns} | asdict(sign) for budget, t in trained.items() for sign in t.signs]
-    return pd.DataFrame(rows).rename(columns={"name": "sign"})[["budget", "sign", "measured", "unit", "limit", "above", "warns"]]
+def _signs(trained: Trained) -> pd.DataFrame:
+    """Signs of failure of a predictor, one row each."""
+    rows = [{"warns": sign.warns} | asdict(sign) for sign in trained.signs]
+    return pd.DataFrame(rows).rename(columns={"name": "sign"})[["sign", "measured", "unit", "limit", "above", "warns", "remedy"]]
 
 
 def train_all(
-    model, processor, settings: Sequence[Settings], learn: Examples, prepared: list[Prepared], check: Examples, batch_size: int
-) -> dict[float, Trained]:
-    """`dyrate.training.train` for settings that differ in their budget alone, so that examples are prepared once."""
-    held_out = prepare_examples(model, processor, untrained(model, settings[0], learn), check, settings[0].batch)
-    trained = {}
+    model, processor, settings: Sequence[Settings], learn: Examples, check: Examples, batch_size: int, work: Path
+) -> list[Trained]:
+    """`dyrate.training.train` for each of the settings; neighbours with the same seed share what is prepared.
+
+    work: a folder for what is finished and for the state of what is not, from which an interrupted call goes on.
+    """
+    trained, batches, held_out = [], {}, None
     for each in settings:
         predictor = untrained(model, each, learn)
-        history = Trainer(model, predictor, prepared, each).run()
-        calibration = calibrate(model, processor, predictor, check, each.retention, batch_size=batch_size)
+        folder = work / training_key(model, each, learn, check)
+        if each.seed not in batches:
+            batches = {each.seed: batches_to_learn(model, processor, predictor, learn, each)}
+        history = Trainer(model, predictor, batches[each.seed], each, work=folder).run()
+        if (folder / "config.json").exists():
+            predictor = RatePredictor.from_pretrained(folder).to(model.device)
+        else:
+            calibrate(model, processor, predictor, check, each.retention, batch_size=batch_size)
+            predictor.save_pretrained(folder)
+        held_out = held_out or prepare_examples(model, processor, predictor, check, each.batch)
         signs = diagnostics.signs(model, processor, predictor, held_out, history, check)
-        trained[each.budget] = Trained(predictor, history, calibration, signs)
+        trained.append(Trained(predictor, history, predictor.about["calibration"], signs))
     return trained
-
-
-def _mean_loss(answers: pd.DataFrame) -> dict:
-    """Mean retention of some answers, and mean loss with its 95 % interval."""
-    loss = bootstrap(answers.loss)
-    return {"retention": answers.retention.mean(), "loss": loss.pop("value")} | loss
 
 
 def record(chapter: Chapter, measured: Predictors) -> None:
     """The chapter's headline numbers and sentences."""
     budget = measured.budget
     change, versus = (table.set_index("budget").loc[budget] for table in (measured.rate_change, measured.minus_constant))
-    signs = measured.signs[measured.signs.budget == budget].set_index("sign").measured
+    signs = measured.signs[measured.signs.budget == budget].groupby("sign").measured.mean()
     chapter.number("four_rates_change", measured.four_rates_change)
     chapter.number("rate_change", change)
-    chapter.number("rate_deviation", measured.shown_rates.rate.std())
+    chapter.number("rate_deviation", measured.rates.rate.std())
     chapter.number("grid_step", 1 / measured.n_rates)
     chapter.number("n_rates", measured.n_rates)
     chapter.number("shown_budget", budget)
@@ -232,7 +266,7 @@ def record(chapter: Chapter, measured: Predictors) -> None:
     chapter.number("information_step", signs["information on the step"])
     chapter.text("shown_task", measured.task.replace("_", " "))
     record_gradient(chapter, measured)
-    chapter.text("diagnosis", measured.diagnosis)
+    chapter.text("diagnosis", diagnosis(measured.signs))
     chapter.text("predictor_finding", finding(measured))
     chapter.text("predictor_measured_on", measured.measured_on)
 
@@ -248,8 +282,22 @@ def finding(measured: Predictors) -> str:
         f"**With {measured.place}, a linear predictor meets {budgets} within {measured.worst_miss:.1f} points of retention. At "
         f"equal retention its loss is lower than a constant rate's at {lower} and higher at {higher} of {len(versus)}: {losses} "
         f"(predictor minus constant, nats a token).** {rates if change.n.any() else ''}95 % intervals, n = {versus.n.max()} "
-        "unseen answers, one seed of training for each budget. Equal retention is not equal computation."
+        f"unseen answers, {'one training' if measured.seeds == 1 else f'{measured.seeds} trainings'} for each budget. Equal "
+        "retention is not equal computation."
     )
+
+
+def diagnosis(signs: pd.DataFrame) -> str:
+    """A sentence for each sign that warns: in how many trainings of which budgets, how far, and the remedy."""
+    sentences, seeds = [], signs.seed.nunique()
+    for name, found in signs[signs.warns].groupby("sign", sort=False):
+        of_budgets = found.groupby("budget").size().items()
+        where = ", ".join(f"{budget:g}" + (f" ({n} of {seeds} trainings)" if seeds > 1 else "") for budget, n in of_budgets)
+        values = " to ".join(dict.fromkeys(f"{value:.3g}" for value in (found.measured.min(), found.measured.max())))
+        first = found.iloc[0]
+        side = f"{'above' if first.above else 'below'} {first.limit:.3g}"
+        sentences.append(f"{name} at budget {where}: {values} {first.unit}, {side}; {first.remedy}")
+    return "It warns: " + ". ".join(sentences) + "." if sentences else "None warns here."
 
 
 def record_gradient(chapter: Chapter, measured: Predictors) -> None:

@@ -9,15 +9,15 @@ import pandas as pd
 import seaborn
 from matplotlib.figure import Figure
 
-from study.figures.style import axes_of
+from study.figures.style import axes_of, unpruned
 
-FAMILIES = {  # of methods, by where and by what they choose; one panel each, with random pruning for comparison
-    "inside the decoder": ("FastV", "FastVRerank", "PyramidDrop", "SparseVLM", "DART"),
+FAMILIES = {  # of methods, by where and by what they choose; one panel of at most six each, and random pruning for comparison
+    "inside the decoder": ("FastV", "FastVRerank", "PyramidDrop", "SparseVLM", "DART", "DyCoke"),
     "before the decoder": ("VisionZip", "PruMerge", "PruMergePlus", "DivPrune", "VisPruner", "CDPruner"),
-    "by depth or by step": ("VTW", "FixedPrune", "DepthPrune", "DyCoke", "DSTP", "DyRate", "DyRate, curves"),
+    "by depth or by step": ("VTW", "FixedPrune", "DepthPrune", "DSTP", "DyRate", "DyRate, curves"),
     "controls": ("LinearAnneal", "Oracle", "UniformPool", "NoRoPE", "DiversityAlone", "WorstFirst"),
 }  # fmt: skip
-HUES = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
+HUES = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
 MARKS = "osD^vPX"
 RANDOM = "RandomPrune"
 COSTS = {
@@ -58,10 +58,7 @@ def pareto(summary: pd.DataFrame, groups: dict[str, str], cost: str = "macs_shar
 
 def _draw(axis, rows: pd.DataFrame, names: list[str], cost: str) -> None:
     """The unpruned score as a line and band, random pruning dotted, and each method in its own hue and mark."""
-    full = rows[rows.method == "Full"].iloc[0]
-    axis.axhline(full.value, color="black", linewidth=0.9)
-    if full.n > 1:  # else the interval has no ends
-        axis.axhspan(full.low, full.high, color="black", alpha=0.08, linewidth=0)
+    unpruned(axis, rows[rows.method == "Full"].iloc[0])
     styles = {RANDOM: {"color": "#777777", "marker": "x", "linestyle": ":", "label": "random pruning"}}
     styles |= {
         name: {"color": HUES[i % len(HUES)], "marker": MARKS[i % len(MARKS)], "label": name, "linestyle": "-"}

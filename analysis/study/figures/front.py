@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from dyrate.segments import SEGMENTS
-from study.figures.style import POLICY_COLOURS, SEGMENT_COLOURS
+from study.figures.style import POLICY_COLOURS, SEGMENT_COLOURS, unpruned
 
 STYLES = {
     "FastV": {"color": "#0072B2", "marker": "o"}, "SparseVLM": {"color": "#56B4E9", "marker": "s"},
@@ -34,8 +34,7 @@ def headline(tables: dict[str, pd.DataFrame]) -> Figure:
     for axes, (laboratory, table) in zip(grid, tables.items(), strict=True):
         full = table[table.name == "unpruned"].iloc[0]
         for axis, (cost, label) in zip(axes, COSTS.items(), strict=True):
-            axis.axhspan(full.low, full.high, color="black", alpha=0.08, linewidth=0)
-            axis.axhline(full.value, color="black", linewidth=0.9)
+            unpruned(axis, full)
             axis.annotate("unpruned", (0.99, full.value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
             for name, line in table[table.name != "unpruned"].groupby("name", sort=False):
                 line = line.sort_values("retention")

@@ -32,15 +32,15 @@ def training_curves(history: pd.DataFrame) -> Figure:
 
 
 def signs_of_failure(rows: pd.DataFrame) -> Figure:
-    """One panel a sign: what was measured at each budget, and, shaded, where it warns."""
+    """One panel a sign: what was measured of each training, by budget, and, shaded, where it warns."""
     names = list(dict.fromkeys(rows.sign))
     lines = -(-len(names) // 4)
     figure = Figure(figsize=(10.8, 2.3 * lines))
     axes = figure.subplots(lines, 4, squeeze=False).flatten()
     for axis, name in zip(axes, names, strict=False):
         found = rows[rows.sign == name]
-        x = np.arange(len(found))
-        axis.scatter(x, found.measured, c=np.where(found.warns, "#D55E00", "#0072B2"), zorder=3)
+        budgets, x = np.unique(found.budget, return_inverse=True)
+        axis.scatter(x, found.measured, c=np.where(found.warns, "#D55E00", "#0072B2"), alpha=0.7, zorder=3)
         limit = found.limit.iloc[0]
         ends = [0, *found.measured, *found.limit.dropna()]
         low, high = min(ends), max(ends)
@@ -48,11 +48,9 @@ def signs_of_failure(rows: pd.DataFrame) -> Figure:
         if pd.notna(limit):
             axis.axhline(limit, color="#D55E00", linewidth=0.8)
             axis.axhspan(limit, high + edge if found.above.iloc[0] else low - edge, color="#D55E00", alpha=0.12, linewidth=0)
-        axis.set_xticks(x, [f"{b:g}" for b in found.budget])
-        axis.set(
-            title=name, xlabel="budget", ylabel=found.unit.iloc[0], xlim=(-0.5, len(found) - 0.5), ylim=(low - edge, high + edge)
-        )
-        axis.title.set_fontsize(9)
+        axis.set_xticks(range(len(budgets)), [f"{b:g}" for b in budgets])
+        axis.set(xlabel="budget", ylabel=found.unit.iloc[0], xlim=(-0.5, len(budgets) - 0.5), ylim=(low - edge, high + edge))
+        axis.set_title(name, fontsize=9)
     for axis in axes[len(names) :]:
         axis.set_visible(False)
     return figure

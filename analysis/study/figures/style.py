@@ -26,3 +26,10 @@ def axes_of(width: float, height: float, columns: int = 1, **shared):
     """A figure that pyplot does not keep, so that a notebook shows it once, and its axes."""
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots(1, columns, **shared)
+
+
+def unpruned(axis, full) -> None:
+    """The score without pruning as a line, its interval as a band. full: its row; that of one sample has no ends."""
+    axis.axhline(full.value, color="black", linewidth=0.9)
+    if full.n > 1:
+        axis.axhspan(full.low, full.high, color="black", alpha=0.08, linewidth=0)
