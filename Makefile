@@ -79,6 +79,8 @@ variants: .venv/installed
 	    --budget 0.65 --seed $$seed --out build/variants/$(LAB)/evict_macs-0.65-seed$$seed || exit 1; \
 	  $(RUN) analysis/train.py $(LEARN) --n-train 24 --batch 8 --budget 0.33 --seed $$seed \
 	    --out build/variants/$(LAB)/evict_mix-0.33-seed$$seed || exit 1; \
+	  $(RUN) analysis/train.py $(LEARN) --tasks description caption qa_count qa_place --n-train 48 --batch 8 --per-task \
+	    --budget 0.33 --seed $$seed --out build/variants/$(LAB)/evict_each_task-0.33-seed$$seed || exit 1; \
 	  for recipe in anneal rloo imitate; do $(RUN) analysis/train.py $(LEARN) --n-train 96 --recipe $$recipe --features log_shares \
 	    --steps 200 --seed $$seed --out build/variants/$(LAB)/$$recipe-0.25-seed$$seed || exit 1; done; done
 	$(RUN) -m study.headroom predictors --folder $(ROWS) --predictors build/variants/$(LAB) --rankings FastV

@@ -15,7 +15,7 @@ from dyrate.atomic import write_whole
 if TYPE_CHECKING:
     from dyrate.training.trainer import Trainer
 
-PROGRESS = ("step", "multiplier", "history")
+PROGRESS = ("step", "multipliers", "history")
 
 
 def save(trainer: Trainer, path: Path) -> None:

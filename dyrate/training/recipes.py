@@ -68,11 +68,11 @@ class Rloo(Forward):
         log_prob = log_pi.expand(len(chosen), -1, -1, -1).gather(-1, chosen[..., None])[..., 0] * fresh
         return Draw(prepared, logits, kept, cost, masks, log_prob)
 
-    def objective(self, draw: Draw, pull: float) -> tuple[Tensor, Tensor]:
+    def objective(self, draw: Draw, pull: Float[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             losses = torch.stack([self.losses(draw.prepared, masks) for masks in draw.masks])
         losses = losses / draw.prepared.valid.sum(1, keepdim=True)
-        return score_function(draw.log_prob, losses + pull * draw.cost), losses.sum(-1).mean()
+        return score_function(draw.log_prob, losses + pull[:, None] * draw.cost), losses.sum(-1).mean()
 
 
 def sample(
@@ -120,7 +120,7 @@ class Imitate(Rloo):
         kept = self.masks(prepared, self.best[id(prepared)][0]).sum(-1)
         return Draw(prepared, self.predictor(prepared.features), kept, self.cost(prepared, kept))
 
-    def objective(self, draw: Draw, pull: float) -> tuple[Tensor, Tensor]:
+    def objective(self, draw: Draw, pull: Float[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
         if not self.imitating:
             return super().objective(draw, pull)
         indices, loss = self.best[id(draw.prepared)]
@@ -130,13 +130,13 @@ class Imitate(Rloo):
 
     @cached_property
     def best(self) -> dict[int, tuple[Int[Tensor, "batch step"], Tensor]]:
-        """Of each batch: the rates of its answers' best trajectories, their mean loss. The multiplier begins at their price."""
+        """Of each batch: the rates of its answers' best trajectories, their mean loss. Multipliers begin at their price."""
         libraries = [trajectories(b.labels.shape[1], self.settings.n_rates).to(b.hidden.device) for b in self.batches]
         tables = [self.measured(b, library) for b, library in zip(self.batches, libraries, strict=True)]
         losses, costs = ([table.sum(-1) for table in kind] for kind in zip(*tables, strict=True))
         best, price = best_within(self.settings.budget, losses, costs)
         if self.step == 0:
-            self.multiplier = price
+            self.multipliers = dict.fromkeys(self.multipliers, price)
         of_batches = zip(self.batches, libraries, losses, best, strict=True)
         return {id(b): (library[choice], loss.gather(0, choice[None]).mean()) for b, library, loss, choice in of_batches}
 
@@ -159,10 +159,10 @@ class Curves(Forward):
             kept = kept.cummin(1).values
         return Draw(prepared, logits, kept, self.cost(prepared, kept))
 
-    def objective(self, draw: Draw, pull: float) -> tuple[Tensor, Tensor]:
+    def objective(self, draw: Draw, pull: Float[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
         kept, losses = self.curves[id(draw.prepared)]
         loss = interpolated(kept, losses, draw.kept).sum(1).mean()
-        return loss + pull * draw.cost.sum(1).mean(), loss
+        return loss + (pull * draw.cost.sum(1)).mean(), loss
 
     @cached_property
     def curves(self) -> dict[int, tuple[Float[Tensor, "level batch"], Float[Tensor, "level batch step"]]]:

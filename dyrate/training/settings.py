@@ -65,6 +65,9 @@ class Settings:
         "rates as an ordered scale: one linear function of the features is the likeliest rate, not one for each",
         later=True,
     )
+    per_task: bool = _setting(
+        False, "hold every task to the budget, each with a multiplier of its own, not their mean", later=True
+    )
     once: bool = _setting(False, "decide in the prefill alone: the rate holds for the whole answer", later=True)
     samples: int = _setting(6, "trajectories that rloo and imitate draw of each answer", later=True)
     delay: int = _setting(

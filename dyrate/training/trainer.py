@@ -42,7 +42,8 @@ class Draw:
 class Trainer:
     """Trains a predictor on prepared batches. `run` takes one `train_step` after the other; the rest serves that.
 
-    step, multiplier, history: how far it has come, which a checkpoint holds beside the weights and Adam's moments.
+    step, multipliers, history: how far it has come, which a checkpoint holds beside the weights and Adam's moments. multipliers:
+    prices of the cost, by the task that is held to the budget, or one for the mean of all.
     """
 
     def __init__(
@@ -54,7 +55,8 @@ class Trainer:
         self.checkpoint = None if work is None else Path(work) / "predictor-state.safetensors"
         self.shape = shape_of(model)
         self.optimizer = torch.optim.Adam(predictor.parameters(), lr=settings.learning_rate)
-        self.step, self.multiplier = 0, 0.0
+        groups = {group for prepared in batches for group in self.groups(prepared)}
+        self.step, self.multipliers = 0, dict.fromkeys(_of_all(groups), 0.0)
         self.history: list[dict] = []
         self.warned: set[str] = set()
         self.start()
@@ -112,20 +114,37 @@ class Trainer:
     def train_step(self) -> None:
         """Draw rates for all batches of the step, and descend on the loss plus the augmented Lagrangian of the budget."""
         draws = self.draw_all()
-        cost = torch.stack([draw.cost.detach().sum(-1).mean() for draw in draws]).mean()
-        _average([cost])
-        excess = float(cost) - self.target
+        costs = self.costs(draws)
+        excess = {group: cost / n - self.target for group, (cost, n) in costs.items() if n}
         # the gradient of multiplier * excess + penalty / 2 * excess^2, whose excess is the mean over all that accumulates
-        pull = self.multiplier + self.settings.budget_penalty * excess
+        pulls = {group: self.multipliers[group] + self.settings.budget_penalty * found for group, found in excess.items()}
         self.optimizer.zero_grad()
         loss = 0.0
         for draw in draws:
+            pull = torch.tensor([pulls[group] for group in self.groups(draw.prepared)], device=draw.cost.device)
             objective, task_loss = self.objective(draw, pull)
             (objective / len(draws)).backward()
             loss += float(task_loss.detach()) / len(draws)
         gradient = self.descend()
-        self.multiplier += self.settings.budget_penalty / 30 * excess
-        self.record(draws, loss, float(cost), gradient)
+        for group, found in excess.items():
+            self.multipliers[group] += self.settings.budget_penalty / 30 * found
+        cost, n = map(sum, zip(*costs.values(), strict=True))
+        self.record(draws, loss, cost / n, gradient)
+
+    def groups(self, prepared: Prepared) -> list[str]:
+        """For each answer, what is held to the budget together with it: its task, or all."""
+        return prepared.tasks if self.settings.per_task else [""] * len(prepared.labels)
+
+    def costs(self, draws: Sequence[Draw]) -> dict[str, tuple[float, float]]:
+        """Of each group the sum of its answers' costs, and how many it has in this step: both a mean over processes."""
+        found = torch.zeros(len(self.multipliers), 2, device=draws[0].cost.device)
+        number = {group: i for i, group in enumerate(self.multipliers)}
+        for draw in draws:
+            index = torch.tensor([number[group] for group in self.groups(draw.prepared)], device=found.device)
+            costs = draw.cost.detach().sum(-1).reshape(-1, len(index)).mean(0)  # over samples, where there are several
+            found.index_add_(0, index, torch.stack([costs, torch.ones_like(costs)], 1))
+        _average([found])
+        return dict(zip(number, map(tuple, found.tolist()), strict=True))
 
     def draw_all(self) -> list[Draw]:
         """One draw for each batch of this step, from a random stream of the step's own."""
@@ -155,10 +174,10 @@ class Trainer:
             self.settings.unit, self.shape, kept, n_image, n_text, prepared.valid, self.settings.first_pruned_layer
         )
 
-    def objective(self, draw: Draw, pull: float) -> tuple[Tensor, Tensor]:
-        """What one draw adds to what is descended on, and the loss in it (nats a token). pull: price of the cost."""
+    def objective(self, draw: Draw, pull: Float[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
+        """What one draw adds to what is descended on, and the loss in it (nats a token). pull: price of each answer's cost."""
         loss = self.task_loss(draw)
-        return loss + pull * draw.cost.sum(-1).mean(), loss
+        return loss + (pull * draw.cost.sum(-1)).mean(), loss
 
     def task_loss(self, draw: Draw) -> Tensor:
         """The mean loss over all tokens of the batch, nats a token."""
@@ -191,7 +210,7 @@ class Trainer:
         logits = torch.cat([d.logits.detach()[d.prepared.valid] for d in draws])
         self.history.append({
             "step": self.step, "loss": loss, "cost": cost, "retention": float(retention.mean()), "spread": float(retention.std()),
-            "multiplier": self.multiplier, "gradient": gradient,
+            "multiplier": sum(self.multipliers.values()) / len(self.multipliers), "gradient": gradient,
             "entropy": float(torch.distributions.Categorical(logits=logits).entropy().mean()),
         })  # fmt: skip
 
@@ -210,3 +229,12 @@ def _average(tensors: list[Tensor]) -> None:
         for x in tensors:
             torch.distributed.all_reduce(x)
             x /= torch.distributed.get_world_size()
+
+
+def _of_all(names: set[str]) -> list[str]:
+    """The names that any process has, sorted."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        found: list[set[str]] = [set()] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, names)
+        names = set().union(*found)
+    return sorted(names)

@@ -198,6 +198,7 @@ def trainer_of(model, inputs, settings, start=None):
     """A trainer on the two answers, starting at the retention `start`."""
     predictor = RatePredictor(4, 5, "llava", n_rates=settings.n_rates, first_pruned_layer=settings.first_pruned_layer)
     batch = prepare_tokens(model, predictor, inputs, ANSWERS)
+    batch.tasks = ["one", "other"]
     trainer = Trainer(model, predictor, [batch], settings, progress=False)
     if start is not None:
         predictor.start_at(start, batch.features.flatten(0, 1))
@@ -211,6 +212,21 @@ def test_the_budget_alone_drives_the_rate_to_the_budget(unit, monkeypatch):
     monkeypatch.setattr(trainer, "task_loss", lambda draw: draw.masks.sum() * 0)
     history = trainer.run()
     assert abs(sum(row["cost"] for row in history[-20:]) / 20 - 0.625) <= 1 / 16  # one step of the grid
+
+
+def test_the_budget_holds_for_the_mean_of_all_or_for_every_task(monkeypatch):
+    """To one answer every token is worth the same, to the other none: alone each meets the budget, together their mean does."""
+    found = {}
+    for per_task in (False, True):
+        settings = Settings(budget=0.5, steps=300, n_rates=16, first_pruned_layer=1, per_task=per_task)
+        trainer = trainer_of(*long_images(4), settings, start=0.5)
+        monkeypatch.setattr(trainer, "task_loss", lambda draw: -draw.masks[0].mean())
+        trainer.run()
+        draw = trainer.draw(trainer.batches[0], torch.Generator().manual_seed(0))
+        found[per_task] = draw.cost.sum(-1).tolist()
+        assert sorted(trainer.multipliers) == (["one", "other"] if per_task else [""])
+    assert found[True] == pytest.approx([0.5, 0.5], abs=1 / 16)
+    assert sum(found[False]) == pytest.approx(1, abs=1 / 8) and found[False][0] > 0.7
 
 
 def test_a_constant_feature_yields_a_constant_rate():

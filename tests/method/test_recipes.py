@@ -26,6 +26,7 @@ def recipe(name, predictor=None, **fields):
     settings = Settings(**{"recipe": name, "budget": 0.5, "steps": 6, "n_rates": 8, "samples": 2} | fields)
     predictor = RatePredictor(4, 5, "llava", n_rates=8, delay=settings.delay, ordered=settings.ordered)
     batch = prepare_tokens(model, predictor, inputs, ANSWERS)
+    batch.tasks = ["one", "other"]
     if settings.imitates:
         batch.teacher = torch.zeros(2, 6, model.config.get_text_config().vocab_size)
     return TRAINERS[name](model, predictor, [batch], settings, progress=False)
@@ -128,10 +129,10 @@ def test_every_recipe_resumes_from_its_checkpoint_to_the_same_bits(name, tmp_pat
     assert whole.predictor.linear.weight.abs().max() > 0
 
 
-@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"ordered": True}, {"per_task": True}], ids=["plain", "ordered", "per-task"])
 @pytest.mark.parametrize("name", ["rloo", "curves"])
-def test_recipes_meet_a_budget_when_nothing_else_matters(name, ordered, monkeypatch):
-    trainer = recipe(name, steps=120, budget=0.6, ordered=ordered)
+def test_recipes_meet_a_budget_when_nothing_else_matters(name, fields, monkeypatch):
+    trainer = recipe(name, steps=120, budget=0.6, **fields)
     trainer.predictor.start_at(0.9, trainer.batches[0].features.flatten(0, 1))
     monkeypatch.setattr(trainer, "losses", lambda prepared, masks: masks.sum(-1) * 0)
     history = trainer.run()
@@ -152,7 +153,7 @@ def test_an_ordered_predictor_is_linear_in_its_rate_and_its_bias_shifts_it():
 
 def test_settings_without_later_fields_are_what_they_were():
     """Stored predictors are found by a hash of their settings."""
-    later = {"recipe", "features", "ordered", "samples", "delay", "once"}
+    later = {"recipe", "features", "ordered", "samples", "delay", "once", "per_task"}
     assert {f.name for f in fields(Settings)} - set(Settings().decisive()) == later
     changed = replace(Settings(), recipe="rloo")
     assert changed.decisive() == Settings().decisive() | {"recipe": "rloo"} and set(asdict(changed)) > later

@@ -81,19 +81,27 @@ def test_each_variant_is_described(monkeypatch):
     )
     dearer = table.assign(value=table.value - 1, low=table.low - 1, high=table.high - 1)
     monkeypatch.setattr(recipes, "dyrate", lambda _, unit: dearer if unit == "macs" else table)
-    shown = recipes.variants_shown(recipes.variants(None))
+    rows = [
+        ("evict-0.33-seed0", "a", 0.1, "FastV"), ("evict-0.33-seed1", "a", 0.3, "FastV"), ("evict-0.33-seed0", "b", 0.6, "FastV"),
+        ("evict-0.33-seed1", "b", 0.9, "random"), ("curves_hidden-0.25-seed0", "a", 0.25, "FastV"),
+    ]  # fmt: skip
+    of_answers = pd.DataFrame(rows, columns=["predictor", "task", "retention", "ranking"]).assign(residency="evict")
+    lab = SimpleNamespace(dyrate=of_answers)
+    shown = recipes.variants_shown(recipes.variants(lab))
+    assert list(shown["retention (tasks)"]) == ["0.25 (0.20 to 0.60)", "0.25 (0.25 to 0.25)"]
     assert list(shown["gain at equal retention"].str[:6]) == ["+0.150"] * 2
     assert list(shown["gain at equal computation"].str[:6]) == ["-0.850"] * 2
-    assert len(variant_gains(recipes.variants(None)).axes) == 1
+    assert len(variant_gains(recipes.variants(lab)).axes) == 1
     assert list(shown["what it is"]) == ["the paper's", "reads the newest token's hidden state"]
 
 
 def test_the_papers_recipe_is_told_with_each_budget():
-    rows = [row_of(recipe, "first", 0.1, 0.2, equal=equal) for recipe in ("evict-0.33", "evict_macs-0.65", "rloo-0.25")
-            for equal in ("retention", "computation")]  # fmt: skip
+    rows = [row_of(recipe, "first", 0.1, 0.2, equal=equal, least=0.2, most=0.4)
+            for recipe in ("evict-0.33", "evict_macs-0.65", "rloo-0.25") for equal in ("retention", "computation")]  # fmt: skip
     assert recipes.budget_said(pd.DataFrame(rows)) == (
         "What the paper's recipe gains on the constant of its own computation (nats a token): +0.150 (+0.100 to +0.200) "
-        "as the paper says, +0.150 (+0.100 to +0.200) with a budget in multiply-accumulates."
+        "as the paper says, +0.150 (+0.100 to +0.200) with a budget in multiply-accumulates. What the task that keeps least and "
+        "the one that keeps most keep: 0.20 to 0.40 as the paper says, 0.20 to 0.40 with a budget in multiply-accumulates."
     )
 
 
