@@ -102,7 +102,7 @@ TALL = Layout(
 
 def method(at: Layout = WIDE) -> Figure:
     """How DyRate works, drawn: attention shares, a linear predictor, a rate, and eviction, over the steps of an answer."""
-    figure = Figure(figsize=(at.size[0] / 10, at.size[1] / 10))
+    figure = Figure(figsize=(at.size[0] / 10, at.size[1] / 10), layout="none")
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set(xlim=(0, at.size[0]), ylim=(0, at.size[1]))
     axis.set_axis_off()
