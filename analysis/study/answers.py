@@ -72,7 +72,7 @@ def answer_all(
     `examples` and has no rows. Under `accelerate launch` each process takes its part of what is missing, and all return the
     whole table. seed: of sampling.
     """
-    base = {"model": _model(model, processor), "code": _code(), "versions": {p: version(p) for p in PACKAGES}}
+    base = surroundings(model, processor)
     settings = [{"max_new_tokens": max_new_tokens} | condition.settings for condition in conditions]
     settings = [s | ({"seed": seed} if s.get("do_sample") else {}) for s in settings]
     about = [base | {"strategy": described(c.strategy), "settings": s} for c, s in zip(conditions, settings, strict=True)]
@@ -90,7 +90,7 @@ def answer_all(
 
 def _answered(model, processor, work: dict[Path, tuple[Condition, list[Example], dict]], progress: bool) -> dict[Path, list]:
     """The rows of each path: read, or measured now and stored, by each process its part."""
-    if len(lists := set(gather_object([_digest(sorted(map(str, work)))]))) > 1:  # before any process writes
+    if len(lists := set(gather_object([digest(sorted(map(str, work)))]))) > 1:  # before any process writes
         raise RuntimeError(
             f"the processes disagree on what to measure ({', '.join(sorted(lists))}): give each the same model, strategies "
             "and examples, on GPUs of one kind"
@@ -157,12 +157,17 @@ def _measure(model, processor, inputs, strategy: Strategy, batch: list[Example],
 # -- what decides an answer ------------------------------------------------------------------------------------------------
 
 
-def _digest(content) -> str:
+def surroundings(model, processor) -> dict:
+    """What decides an answer beside its strategy, its settings and its example: model, code and versions."""
+    return {"model": _model(model, processor), "code": _code(), "versions": {p: version(p) for p in PACKAGES}}
+
+
+def digest(content) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _path(store: Path, about: dict) -> Path:
-    key = _digest(about)
+    key = digest(about)
     return store / key[:2] / f"{key[2:34]}.json"
 
 
@@ -195,7 +200,7 @@ def described(strategy: Strategy) -> str:
     """A hash of a strategy's class and fields, with weights, and of the source of its classes."""
     values = {f.name: _described(getattr(strategy, f.name)) for f in fields(strategy)}
     source = [inspect.getsource(cls) for cls in type(strategy).__mro__ if issubclass(cls, Strategy)]
-    return _digest([type(strategy).__qualname__, values, source])
+    return digest([type(strategy).__qualname__, values, source])
 
 
 def _described(value) -> str:
@@ -214,4 +219,4 @@ def _code() -> str:
     if folder / "engine" / "pruning.py" not in files:
         raise FileNotFoundError(f"{folder} does not hold the library's source, which decides what a stored answer is worth")
     files += [Path(module.__file__) for module in (controls, scenes)] + [Path(__file__)]
-    return _digest([[path.name, path.read_text(encoding="utf-8")] for path in files])
+    return digest([[path.name, path.read_text(encoding="utf-8")] for path in files])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -56,7 +57,7 @@ class Trainer:
         self.shape = shape_of(model)
         self.optimizer = torch.optim.Adam(predictor.parameters(), lr=settings.learning_rate)
         groups = {group for prepared in batches for group in self.groups(prepared)}
-        self.step, self.multipliers = 0, dict.fromkeys(_of_all(groups), 0.0)
+        self.step, self.multipliers = 0, dict.fromkeys(sorted(gather_object(list(groups))), 0.0)
         self.history: list[dict] = []
         self.warned: set[str] = set()
         self.start()
@@ -229,12 +230,3 @@ def _average(tensors: list[Tensor]) -> None:
         for x in tensors:
             torch.distributed.all_reduce(x)
             x /= torch.distributed.get_world_size()
-
-
-def _of_all(names: set[str]) -> list[str]:
-    """The names that any process has, sorted."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        found: list[set[str]] = [set()] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, names)
-        names = set().union(*found)
-    return sorted(names)

@@ -29,7 +29,7 @@ def measured_with(**tables):
 
 
 def test_interrupted_trainings_go_on(tmp_path, monkeypatch):
-    """Nothing is trained or calibrated twice, and what is left is what an uninterrupted run leaves."""
+    """Nothing is trained or calibrated twice, and what is left is what an uninterrupted run leaves; not with other weights."""
     learn, check = (examples("pocket", n, tasks=["qa_place"], split=split) for n, split in ((8, "train"), (2, "validation")))
     asked = [Settings(budget=0.5, steps=2, batch=4, n_rates=8, seed=seed) for seed in (3, 4)]
     step, calibrate, done, stop = trainer.Trainer.train_step, predictor.calibrate, [], []
@@ -58,6 +58,12 @@ def test_interrupted_trainings_go_on(tmp_path, monkeypatch):
         assert one.history == other.history and one.calibration == other.calibration
         assert torch.equal(one.predictor.linear.weight, other.predictor.linear.weight)
     assert not torch.equal(whole[0].predictor.linear.weight, whole[1].predictor.linear.weight)
+    done.clear()
+    stop.clear()
+    with torch.no_grad():
+        next(given[0].parameters()).add_(1e-3)
+    predictor.train_all(*given, tmp_path / "stopped")
+    assert done == ["step", "step", "calibrated"] * 2  # of other weights nothing is gone on from
 
 
 def test_the_loss_is_compared_with_a_constant_at_the_same_retention():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from dyrate.segments import SEGMENTS
 from dyrate.strategies.dyrate import DyRate
 from dyrate.teacher_forcing import Prepared, predicted_by_gradient, prepare_examples, rate_changes, teacher_forced
 from dyrate.training import Settings, Trained, Trainer, batches_to_learn, calibrate, trajectories, untrained
+from study.answers import digest, surroundings
 from study.book import ROOT, Chapter
 from study.examples import examples as study_examples
 from study.examples import left_out, model_and_images
@@ -91,9 +92,7 @@ class Predictors:
     @cached_property
     def learned(self) -> pd.DataFrame:
         """The same of each budget's predictors."""
-        loss = self._over_both(self.answers, "loss").rename(columns={"value": "loss"})
-        loss.insert(1, "retention", self.answers.groupby("budget").retention.mean().to_numpy())
-        return loss
+        return self._beside_retention(self.answers, "loss").rename(columns={"value": "loss"})
 
     @cached_property
     def minus_constant(self) -> pd.DataFrame:
@@ -103,14 +102,18 @@ class Predictors:
         for _, answers in self.answers.groupby(["budget", "seed"]):
             same = interpolated(retention, losses, answers.retention.mean())
             differences.append(answers.assign(minus=answers.loss.to_numpy() - same[answers.sequence].to_numpy()))
-        found = self._over_both(pd.concat(differences), "minus")
-        found.insert(1, "retention", self.answers.groupby("budget").retention.mean().to_numpy())
-        return found
+        return self._beside_retention(pd.concat(differences), "minus")
 
     @cached_property
     def rate_change(self) -> pd.DataFrame:
         """Change of the rate from the first third of an answer to the first task to its last, for each budget."""
         return self._over_both(self.answers[self.answers.task == self.task], "rate_change")
+
+    def _beside_retention(self, rows: pd.DataFrame, column: str) -> pd.DataFrame:
+        """`_over_both` with the mean retention of each budget's answers."""
+        found = self._over_both(rows, column)
+        found.insert(1, "retention", self.answers.groupby("budget").retention.mean().to_numpy())
+        return found
 
     @staticmethod
     def _over_both(rows: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -139,11 +142,12 @@ def measure(
     four = replace(shown, n_rates=4)
     asked = [replace(shown, budget=budget, seed=seed + i) for i in range(seeds) for budget in budgets]
     work = ROOT / predictors / "unfinished"
-    trained = train_all(loaded, processor, [four, *asked], learn, check, batch_size, work)
-    four_rates = trained.pop(0).predictor
-    for settings, training in zip(asked, trained, strict=True):
+    with_four, *others = train_all(loaded, processor, [four, *asked], learn, check, batch_size, work)
+    four_rates = with_four.predictor
+    trained = {(settings.budget, settings.seed): training for settings, training in zip(asked, others, strict=True)}
+    for (budget, own), training in trained.items():
         training.predictor.about |= {"model": model, "n_train": len(learn)}
-        training.predictor.save_pretrained(ROOT / predictors / predictor_name(residency, settings.budget, settings.seed - seed))
+        training.predictor.save_pretrained(ROOT / predictors / predictor_name(residency, budget, own - seed))
     test = prepare_examples(loaded, processor, four_rates, unseen, batch)
     about = describe(loaded)
     measured_on = (
@@ -153,26 +157,26 @@ def measure(
         + (f"seeds {seed} to {seed + seeds - 1}" if seeds > 1 else f"seed {seed}")
     )
     generation = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    of = dict(zip([(settings.budget, settings.seed) for settings in asked], trained, strict=True))
-    predictor = of[shown.budget, seed].predictor
-    answers, rates = zip(*(_forced(loaded, of[key].predictor, test) for key in of), strict=True)
+    predictor = trained[shown.budget, seed].predictor
+    forced = {key: _forced(loaded, training.predictor, test) for key, training in trained.items()}
+    generated = {key: _generated(loaded, processor, t.predictor, unseen, generation) for key, t in trained.items()}
     measured = Predictors(
         unseen=unseen, budget=shown.budget, n_rates=n_rates, measured_on=measured_on, place=model_and_images(model, unseen),
         four_rates_change=float(np.mean(rate_changes(teacher_forced(loaded, four_rates, test)))),
-        history=pd.concat([pd.DataFrame(of[b, seed].history).assign(budget=b) for b in budgets], ignore_index=True),
-        generated=by_budget_and_seed(of, [_generated(loaded, processor, t.predictor, unseen, generation) for t in trained]),
-        answers=by_budget_and_seed(of, answers), rates=rates[list(of).index((shown.budget, seed))], weights=slopes(predictor),
+        history=pd.concat([pd.DataFrame(trained[b, seed].history).assign(budget=b) for b in budgets], ignore_index=True),
+        generated=by_budget_and_seed(generated), answers=by_budget_and_seed({key: of for key, (of, _) in forced.items()}),
+        rates=forced[shown.budget, seed][1], weights=slopes(predictor),
         constant_answers=under_constants(loaded, predictor, test),
         gradient=_gradient(loaded, predictor, test, shown, {unseen[0].task, "caption"}),
-        signs=by_budget_and_seed(of, [_signs(training) for training in trained]),
+        signs=by_budget_and_seed({key: _signs(training) for key, training in trained.items()}),
     )  # fmt: skip
     shutil.rmtree(work)
     return measured
 
 
-def by_budget_and_seed(keys: Iterable[tuple[float, int]], tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
+def by_budget_and_seed(tables: dict[tuple[float, int], pd.DataFrame]) -> pd.DataFrame:
     """Tables below each other, each with its budget and its seed in front."""
-    return pd.concat(dict(zip(keys, tables, strict=True)), names=["budget", "seed"]).reset_index(level=[0, 1])
+    return pd.concat(tables, names=["budget", "seed"]).reset_index(level=[0, 1])
 
 
 def _generated(model, processor, predictor: RatePredictor, examples: Examples, generation: dict) -> pd.DataFrame:
@@ -231,9 +235,10 @@ def train_all(
     work: a folder for what is finished and for the state of what is not, from which an interrupted call goes on.
     """
     trained, batches, held_out = [], {}, None
+    around = digest(surroundings(model, processor))[:8]  # what is left of other weights or other code is not gone on from
     for each in settings:
         predictor = untrained(model, each, learn)
-        folder = work / training_key(model, each, learn, check)
+        folder = work / f"{training_key(model, each, learn, check)}-{around}"
         if each.seed not in batches:
             batches = {each.seed: batches_to_learn(model, processor, predictor, learn, each)}
         history = Trainer(model, predictor, batches[each.seed], each, work=folder).run()
