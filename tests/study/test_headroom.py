@@ -347,20 +347,28 @@ def test_what_is_answered_has_constants_schedules_and_the_predictors_of_its_resi
     assert not any(c.method.startswith("DyRate") for c in confirm.conditions(report.Measured(tables), "mask", [], trained))
 
 
-def test_answers_from_before_stay_and_only_what_is_missing_is_asked(tables, tmp_path, monkeypatch):
+def test_scored_answers_stay_and_only_what_they_lack_is_asked(tables, tmp_path, monkeypatch):
+    folder, out = shutil.copytree(tables, tmp_path / "laboratory"), tmp_path / "answers"
+    asked = []
+
     def answered(model, processor, wanted, *_, **__):
-        return pd.DataFrame([{"label": c.label, "sample": "0", "scene": "0", "answer": answer} for c in wanted])
+        asked.append([c.label for c in wanted])
+        rows = pd.DataFrame([{"label": c.label, "method": c.method, "budget": c.budget} for c in wanted])
+        return rows.assign(sample="0", task="caption", tokens=len(asked), retention=1.0, prefill=1, decode=1, score=1.0)
 
     monkeypatch.setattr(confirm.dyrate, "load", lambda *_, **__: (None, None))
     monkeypatch.setattr(confirm, "answer_all", answered)
     monkeypatch.setattr(confirm, "questions", lambda *_: None)
-    found = {}
-    for answer, constants, add in (("first", (0.25,), False), ("second", (0.25, 0.4), True)):
+    monkeypatch.setattr(confirm, "scored", lambda rows, _: rows)
+    for constants, add in (((0.25,), False), ((0.25, 0.4), True)):
         monkeypatch.setattr(confirm, "CONSTANTS", constants)
-        confirm.confirm(tables, 1, tmp_path, budgets=[], add=add)
-        found[answer] = pd.read_csv(tmp_path / "headroom_layer2_generated_evict.csv.gz").set_index("label").answer.to_dict()
-    assert found["first"] == {"Full": "first", "constant 0.25": "first"}
-    assert found["second"] == found["first"] | {"constant 0.4": "second"}
+        confirm.confirm(folder, 1, out, budgets=[], add=add)
+        confirm.score(out, folder, add=add)
+    assert asked == [["Full", "constant 0.25"], ["constant 0.4"]]
+    found = confirm.generated(folder).set_index("label").tokens.to_dict()
+    assert found == {"Full": 1, "constant 0.25": 1, "constant 0.4": 2}
+    with pytest.raises(ValueError, match="answers to 1 questions a task: give --n 1"):
+        confirm.confirm(folder, 2, out, budgets=[], add=True)
 
 
 def test_a_predictor_is_held_against_a_constant_of_its_own_retention():

@@ -46,7 +46,6 @@ def main(argv: list[str] | None = None) -> None:
     confirming.add_argument("--out", type=Path, required=True)
     confirming.add_argument("--store", type=Path, default=Path("build/answers"), help="finished batches")
     confirming.add_argument("--batch-size", type=int, default=100)
-    confirming.add_argument("--add", action="store_true", help="keep the answers in OUT, and give only those it lacks")
     scoring = subparsers.add_parser("score", help="score answers of confirm")
     scoring.add_argument("--from", dest="source", type=Path, required=True)
     for verb in (adding, reporting, confirming, scoring):
@@ -54,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     for verb in (adding, confirming, scoring):
         verb.add_argument("--layer", type=int, default=2, help="first pruned layer")
     for verb in (confirming, scoring):
+        verb.add_argument("--add", action="store_true", help="to the answers that are scored in FOLDER: those that it lacks")
         verb.add_argument("--residency", default="evict", choices=("evict", "mask"))
     given = vars(parser.parse_args(argv))
     verbs = {"measure": _measure, "predictors": measure_predictors, "report": report, "confirm": confirm, "score": score}

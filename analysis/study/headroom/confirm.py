@@ -92,26 +92,35 @@ def confirm(
 ) -> None:  # fmt: skip
     """Answer `n` questions a task under each condition and write the answers into `out`.
 
-    folder: of the measured losses; predictors: a folder of trained ones, to answer too. add: answers that `out` has from before
-    stay, and only the conditions that it lacks are answered, with the same `n`.
+    folder: of the measured losses; predictors: a folder of trained ones, to answer too. add: only the conditions that the
+    folder's scored answers lack. Raises ValueError where these are to another number of questions.
     """
-    measured, path = Measured(folder, layer), out / _file(layer, residency)
-    known = [read_answers(path)] if add else []
-    labels = {label for rows in known for label in rows.label}
+    measured = Measured(folder, layer)
+    known = set()
+    if add:
+        before = generated(folder, layer=layer, residency=residency)
+        known, questions_before = set(before.label), before.groupby("task")["sample"].nunique().max()
+        if questions_before != n:
+            raise ValueError(f"{folder} has scored answers to {questions_before} questions a task: give --n {questions_before}")
     model, processor = dyrate.load(measured.name, dtype=torch.float32)
     wanted = conditions(measured, residency, budgets, trained_here(predictors, layer, model))
-    wanted = [condition for condition in wanted if condition.label not in labels]
+    wanted = [condition for condition in wanted if condition.label not in known]
     how = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": batch_size}
-    rows = pd.concat([*known, answer_all(model, processor, wanted, questions(measured, n), store, **how)], ignore_index=True)
-    write_rows(path, rows)
+    write_rows(out / _file(layer, residency), answer_all(model, processor, wanted, questions(measured, n), store, **how))
 
 
-def score(source: Path, folder: Path, *, layer: int = 2, residency: str = "evict") -> None:
-    """Score answers that `confirm` wrote into `source`, and write them without their texts into the laboratory's folder."""
+def score(source: Path, folder: Path, *, layer: int = 2, residency: str = "evict", add: bool = False) -> None:
+    """Score answers that `confirm` wrote into `source`, and write them without their texts into the laboratory's folder.
+
+    add: beside what was scored there before, in place of the conditions that were answered anew.
+    """
     rows = read_answers(source / _file(layer, residency))
     measured, n = Measured(folder, layer), rows.groupby("task")["sample"].nunique().max()
     columns = ["label", "method", "budget", "sample", "task", "tokens", "retention", "prefill", "decode", "score"]
     table = scored(rows.assign(budget=pd.to_numeric(rows.budget)), questions(measured, int(n)))[columns]
+    if add:
+        before = generated(folder, layer=layer, residency=residency)
+        table = pd.concat([before[~before.label.isin(table.label)], table], ignore_index=True)
     write_rows(folder / _file(layer, residency), table, digits=6)
 
 
