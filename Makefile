@@ -59,8 +59,9 @@ predictors: .venv/installed
 	$(RUN) analysis/train.py --budget 0.33 --residency mask --out data/pocket/dyrate/mask-0.33-seed0
 
 recipes: .venv/installed
-	for seed in 0 1 2; do $(RUN) analysis/train.py $(LEARN) --n-train $(ANSWERS) --recipe curves --features log_shares --ordered \
-	  --once --steps 800 --accumulate 16 --seed $$seed --out data/$(LAB)/dyrate/curves-0.25-seed$$seed || exit 1; done
+	for seed in 0 1 2; do for which in curves:--once curves_each_step:--no-once; do $(RUN) analysis/train.py $(LEARN) \
+	  --n-train $(ANSWERS) --recipe curves --features log_shares --ordered $${which#*:} --steps 800 --accumulate 16 --seed $$seed \
+	  --out data/$(LAB)/dyrate/$${which%:*}-0.25-seed$$seed || exit 1; done; done
 	$(RUN) -m study.headroom predictors --folder $(ROWS) --predictors data/$(LAB)/dyrate
 	$(RUN) -m study.headroom confirm --n 200 --budgets 0.25 --folder $(ROWS) --predictors data/$(LAB)/dyrate --out build/confirmed/$(LAB)
 	$(RUN) -m study.headroom score --from build/confirmed/$(LAB) --folder $(ROWS)
@@ -72,9 +73,9 @@ variants: .venv/installed
 	  for features in shares tokens entropy hidden; do $(RUN) analysis/train.py $(LEARN) --n-train $(ANSWERS) --recipe curves \
 	    --features $$features --ordered --once --steps 800 --accumulate 16 --seed $$seed \
 	    --out build/variants/$(LAB)/curves_$$features-0.25-seed$$seed || exit 1; done; \
-	  for each in each_step:log_shares step:step; do $(RUN) analysis/train.py $(LEARN) --n-train $(ANSWERS) --recipe curves \
-	    --features $${each#*:} --ordered --steps 800 --accumulate 16 --seed $$seed \
-	    --out build/variants/$(LAB)/curves_$${each%:*}-0.25-seed$$seed || exit 1; done; \
+	  for each in "mask:log_shares --residency mask" step:step; do $(RUN) analysis/train.py $(LEARN) --n-train $(ANSWERS) \
+	    --recipe curves --features $${each#*:} --ordered --steps 800 --accumulate 16 --seed $$seed \
+	    --out build/variants/$(LAB)/curves_$${each%%:*}-0.25-seed$$seed || exit 1; done; \
 	  $(RUN) analysis/train.py $(LEARN) --tasks description caption qa_count qa_place --n-train 48 --batch 8 --unit macs \
 	    --budget 0.65 --seed $$seed --out build/variants/$(LAB)/evict_macs-0.65-seed$$seed || exit 1; \
 	  $(RUN) analysis/train.py $(LEARN) --n-train 24 --batch 8 --budget 0.33 --seed $$seed \

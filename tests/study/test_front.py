@@ -36,11 +36,11 @@ def test_predictors_stand_beside_the_methods_by_their_recipe(lab):
                for r in rows(name, None, "description", [0.8, 0.9], 7, 0.3)]  # fmt: skip
     pd.DataFrame(answers).to_csv(lab.folder / "headroom_layer2_generated_evict.csv.gz", index=False)
     table = front.points(lab)
-    assert list(table.name[-2:]) == ["DyRate, curves", "DyRate, the paper's recipe"]
+    assert list(table.name[-2:]) == ["DyRate, curves once an answer", "DyRate, the paper's recipe"]
     assert table.value.iloc[-1] == pytest.approx(0.85)
     axis = figures.headline({"made-up": table}).axes[0]
     said = [text.get_text() for text in [*axis.texts, *axis.get_legend().texts]]
-    assert {"FastV", "unpruned", "DyRate, curves"} <= set(said)
+    assert {"FastV", "unpruned", "DyRate, curves once an answer"} <= set(said)
     assert "n = 2 and 6 answers" in front.said({"made-up": table})
 
 

@@ -57,7 +57,7 @@ def row_of(recipe: str, laboratory: str, low: float, high: float, **more) -> dic
 
 def test_the_finding_follows_the_intervals(monkeypatch):
     rows = [
-        row_of(recipe, laboratory, *ends, equal=equal)
+        row_of(recipe, laboratory, *ends, equal=equal, trained_on=192)
         for recipe, laboratory, same, as_dear in (
             ("evict-0.33", "first", (0.1, 0.3), (-0.3, -0.1)), ("curves-0.25", "first", (-0.1, 0.1), (0.1, 0.2)),
             ("evict-0.25", "second", (-0.3, -0.1), (-0.3, -0.1)), ("curves-0.25", "second", (0.1, 0.2), (0.1, 0.2)),
@@ -67,12 +67,14 @@ def test_the_finding_follows_the_intervals(monkeypatch):
     monkeypatch.setattr(recipes, "answers", lambda _: pd.DataFrame(rows))
     monkeypatch.setattr(recipes, "losses", lambda _: pd.DataFrame(rows)[::2])
     said = recipes.finding(())
-    assert "of 2 settings (model and first pruned layer): trained as the paper says, it beats the constant in 1 and" in said
-    assert "at equal measured retention, and in 0 and 2 at equal computation; trained by `curves`, it beats" in said
-    assert "it captures, trained as the paper says, 50 % (first) to 50 % (first); trained by `curves`, 50 %" in said
+    assert "of 2 settings (model and first pruned layer): the paper's recipe beats it in 1 and loses in 1 of 2 at equal " in said
+    assert "measured retention, and in 0 and 2 at equal computation; curves once an answer beats it in 1 and loses in 0" in said
+    assert "the paper's recipe captures 50 % (first) to 50 % (first); curves once an answer captures 50 %" in said
     assert "n = 20 to 20 answers a setting, 3 trainings" in said
     shown = recipes.answers_shown(recipes.answers(()))
     assert len(shown) == 4 and shown["gain at equal computation"][0].startswith("-0.200")
+    assert recipes.trained_on(SimpleNamespace(name="pocket-plain", layer=2), "curves-0.25") == 3072
+    assert recipes.trained_on(SimpleNamespace(name="pocket-plain", layer=6), "curves-0.25") is None
 
 
 def test_each_variant_is_described(monkeypatch):
@@ -80,7 +82,7 @@ def test_each_variant_is_described(monkeypatch):
         [row_of(recipe, "first", 0.1, 0.2) for recipe in ("evict-0.33", "curves_hidden-0.25", "best other recipe")]
     )
     dearer = table.assign(value=table.value - 1, low=table.low - 1, high=table.high - 1)
-    monkeypatch.setattr(recipes, "dyrate", lambda _, unit: dearer if unit == "macs" else table)
+    monkeypatch.setattr(recipes, "dyrate", lambda _, unit, residency: dearer if unit == "macs" else table)
     rows = [
         ("evict-0.33-seed0", "a", 0.1, "FastV"), ("evict-0.33-seed1", "a", 0.3, "FastV"), ("evict-0.33-seed0", "b", 0.6, "FastV"),
         ("evict-0.33-seed1", "b", 0.9, "random"), ("curves_hidden-0.25-seed0", "a", 0.25, "FastV"),
@@ -93,6 +95,22 @@ def test_each_variant_is_described(monkeypatch):
     assert list(shown["gain at equal computation"].str[:6]) == ["-0.850"] * 2
     assert len(variant_gains(recipes.variants(lab)).axes) == 1
     assert list(shown["what it is"]) == ["the paper's", "reads the newest token's hidden state"]
+
+
+def test_re_selectable_tokens_stand_beside_evicted_ones(monkeypatch):
+    def table(lab, residency):
+        if residency == "mask" and not lab.trained:
+            return pd.DataFrame(columns=["recipe", "equal"])
+        recipe = "curves_mask-0.25" if residency == "mask" else "curves_each_step-0.25"
+        shift = 0.5 if residency == "mask" else 0
+        rows = [(recipe, shift, "retention"), ("curves-0.25", 7, "retention"), (recipe, shift - 0.4, "computation")]
+        return pd.DataFrame([row_of(name, "first", low, low + 0.2, equal=equal) for name, low, equal in rows])
+
+    monkeypatch.setattr(recipes, "variants", table)
+    said = recipes.reselectable_said(SimpleNamespace(name="first", trained=True))
+    assert "re-selectable, a constant rate loses 0.700" in said and "gains +0.600 (+0.500 to +0.700) on it (+0.200" in said
+    assert "are evicted, a constant rate loses 0.700" in said and "gains +0.100 (+0.000 to +0.200) on it (-0.300" in said
+    assert recipes.reselectable_said(SimpleNamespace(name="first", trained=False)).startswith("No predictor")
 
 
 def test_the_papers_recipe_is_told_with_each_budget():

@@ -12,7 +12,7 @@ import pandas as pd
 from study.chapters.laboratories import Laboratory
 from study.headroom.confirm import by_recipe, generated
 from study.headroom.frontier import number, resampled
-from study.headroom.report import PAPER
+from study.headroom.report import spoken
 
 METHODS = ("FastV", "SparseVLM", "PyramidDrop", "VisionZip", "RandomPrune")
 TASKS = ("description", "qa_reading", "qa_long_word", "qa_two_step")  # whose score is a share of what is right; of both runs
@@ -35,8 +35,7 @@ def points(lab: Laboratory) -> pd.DataFrame:
         return pd.DataFrame(rows)
     unpruned = _macs(answers[answers.method == "Full"])
     for recipe, of in by_recipe(answers).items():
-        name = "the paper's recipe" if PAPER.fullmatch(recipe) else recipe.split("-")[0]
-        rows.append(_point(f"DyRate, {name}", of, unpruned))
+        rows.append(_point(f"DyRate, {spoken(recipe)}", of, unpruned))
     return pd.DataFrame(rows)
 
 

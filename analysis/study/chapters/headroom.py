@@ -18,7 +18,7 @@ BUDGET = 0.25  # of the headline
 SHOWN = (0.0625, 0.125, 0.1875, 0.25, 0.33, 0.4, 0.5, 0.65, 0.8, 1.0)  # costs at which curves are drawn
 SIGNED = "+.3f"  # the format of a gain
 BEST = "best for each answer"
-EVERYWHERE = r"(evict|curves)-[0-9.]+"  # recipes (the paper's, and the best other) that are trained for every laboratory
+EVERYWHERE = r"(evict|curves|curves_each_step)-[0-9.]+"  # recipes, the paper's first, that are trained for every laboratory
 GAINING = tuple(policy.name for policy in POLICIES if policy.name != "constant")
 TOLD = ("schedule", "schedule by task", "by features", BEST)  # ways to choose in the finding and its table; the others: CSV
 SAID = {
@@ -78,21 +78,21 @@ def gains(laboratories: tuple[Measured, ...], budget: float = BUDGET) -> pd.Data
     return pd.DataFrame(rows)
 
 
-def dyrate(laboratories: tuple[Measured, ...], unit: str = "retention") -> pd.DataFrame:
+def dyrate(laboratories: tuple[Measured, ...], unit: str = "retention", residency: str = "evict") -> pd.DataFrame:
     """Trained predictors at their own mean cost in a unit: what they gain on a constant rate, of how much, in nats a token.
 
-    cost: that mean, a share of the unpruned. With FastV's ranking, evicted; `headroom.json` has the rest.
+    cost: that mean, a share of the unpruned. With FastV's ranking; `headroom.json` has the rest.
     paper: whether the recipe is the paper's, with nothing changed but the budget.
     """
-    rows = [row for lab in laboratories for row in _trained_in(lab, unit)]
+    rows = [row for lab in laboratories for row in _trained_in(lab, unit, residency)]
     return pd.DataFrame(rows, columns=None if rows else ["laboratory", "recipe", "paper"])
 
 
 @cache
-def _trained_in(lab: Measured, unit: str) -> list[dict]:
+def _trained_in(lab: Measured, unit: str, residency: str) -> list[dict]:
     """The rows of `dyrate` of one laboratory, which several tables need."""
     rows = []
-    for recipe, found in captured(lab, "FastV", "evict", unit).items():
+    for recipe, found in captured(lab, "FastV", residency, unit).items():
         row = {"laboratory": label(lab), "recipe": recipe, "paper": bool(PAPER.fullmatch(recipe))}
         row |= {"cost": found["cost"]["value"]}
         row |= {what: found[what]["value"] for what in ("constant", "controller", BEST)}

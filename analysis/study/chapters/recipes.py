@@ -5,17 +5,17 @@ The rows are those of `study.headroom` (losses and answers of trained predictors
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from functools import cache
 
-import numpy as np
 import pandas as pd
 
-from study.book import Chapter
+from study.book import ROOT, Chapter
 from study.chapters.headroom import BUDGET, SIGNED, at_hand, captured_said, dyrate, label, percent
 from study.headroom.confirm import EQUAL, MAX_NEW_TOKENS, by_recipe, controllers, generated, questions
 from study.headroom.frontier import at_budget
-from study.headroom.report import BEST_OTHER, PAPER, Measured, library, recipe_of
+from study.headroom.report import BEST_OTHER, PAPER, Measured, library, recipe_of, spoken
 from study.intervals import bootstrap, in_words
 
 DISTANCE = 4  # steps of the grid on both sides over which a slope counts as measured
@@ -27,7 +27,8 @@ VARIANTS = {
     "curves": "reads logarithms of attention shares, chooses one rate an answer",
     "curves_shares": "reads attention shares, as the paper", "curves_tokens": "reads the attention of a segment's token",
     "curves_entropy": "reads how even the attention over the image is", "curves_hidden": "reads the newest token's hidden state",
-    "curves_each_step": "chooses at every step", "curves_step": "reads the step alone, chooses at every step: a clock",
+    "curves_each_step": "chooses at every step", "curves_mask": "chooses at every step among all tokens",
+    "curves_step": "reads the step alone, chooses at every step: a clock",
     "anneal": "the paper's estimator; the budget falls from all tokens, the teacher is the unpruned model",
     "rloo": "score function with a leave-one-out baseline over sampled trajectories",
     "imitate": "imitates each answer's best trajectory, then as rloo",
@@ -55,21 +56,23 @@ def beside_policies(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def variants(lab: Measured) -> pd.DataFrame:
+def variants(lab: Measured, residency: str = "evict") -> pd.DataFrame:
     """Rows of chapter 12 for every recipe and choice of features that is trained in a laboratory, the paper's among them.
 
     Two rows each: against the constant of its own mean retention, and of its own computation (`equal`, as in `answers`).
     least, most: mean retention of the task that keeps least, and of the one that keeps most.
     """
-    tables = {equal: dyrate((lab,), unit) for equal, unit in zip(EQUAL, ("retention", "macs"), strict=True)}
+    tables = {equal: dyrate((lab,), unit, residency) for equal, unit in zip(EQUAL, ("retention", "macs"), strict=True)}
     table = pd.concat([table.assign(equal=equal) for equal, table in tables.items()])
+    if table.empty:
+        return table
     known = table.recipe.map(lambda recipe: bool(PAPER.fullmatch(recipe)) or recipe.split("-")[0] in VARIANTS)
-    return table[known].join(_by_task(lab), on="recipe").sort_values("value", ascending=False, ignore_index=True)
+    return table[known].join(_by_task(lab, residency), on="recipe").sort_values("value", ascending=False, ignore_index=True)
 
 
-def _by_task(lab: Measured) -> pd.DataFrame:
-    """Of each recipe the smallest and the largest mean retention of a task, teacher-forced, with FastV's ranking, evicted."""
-    rows = lab.dyrate[(lab.dyrate.ranking == "FastV") & (lab.dyrate.residency == "evict")]
+def _by_task(lab: Measured, residency: str) -> pd.DataFrame:
+    """Of each recipe the smallest and the largest mean retention of a task, teacher-forced, with FastV's ranking."""
+    rows = lab.dyrate[(lab.dyrate.ranking == "FastV") & (lab.dyrate.residency == residency)]
     recipe = rows.predictor.map(recipe_of).rename("recipe")
     means = rows.groupby([recipe, "task"]).retention.mean()
     return means.groupby("recipe").agg(["min", "max"]).set_axis(["least", "most"], axis=1)
@@ -106,11 +109,38 @@ def budget_said(table: pd.DataFrame) -> str:
     )
 
 
+def reselectable_said(lab: Measured) -> str:
+    """What a choice at every step gains where dropped tokens stay in memory, beside the same recipe where they leave it."""
+    parts = []
+    for residency, where in (("mask", "stay in memory and are re-selectable"), ("evict", "are evicted")):
+        table = variants(lab, residency)
+        own = table[table.recipe.str.fullmatch(r"(curves_mask|curves_each_step)-[0-9.]+")].set_index("equal")
+        if own.empty:
+            return "No predictor was trained for re-selectable tokens."
+        same, as_dear = (own.loc[equal] for equal in EQUAL)
+        parts.append(
+            f"where dropped tokens {where}, a constant rate loses {same.constant:.3f} nats a token at a mean retention of "
+            f"{same.cost:.2f}, and a predictor that chooses at every step gains {in_words(same, SIGNED)} on it "
+            f"({in_words(as_dear, SIGNED)} at equal computation)"
+        )
+    return f"On {lab.name}, {'; '.join(parts)}. What stays in memory saves neither cache nor prefill."
+
+
 @cache
 def answers(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
     """The same in the score of generated answers; laboratories without any are left out."""
-    found = [controllers(rows).assign(laboratory=label(lab)) for lab, rows in answered(laboratories).items()]
+    found = []
+    for lab, rows in answered(laboratories).items():
+        table = controllers(rows).assign(laboratory=label(lab))
+        found.append(table.assign(trained_on=[trained_on(lab, recipe) for recipe in table.recipe]))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["laboratory", "recipe"])
+
+
+def trained_on(lab: Measured, recipe: str) -> int | None:
+    """How many reference answers a recipe's predictors were trained on; None where they are not among the committed ones."""
+    folder = ROOT / "data" / lab.name / ("dyrate" if lab.layer == 2 else f"dyrate_layer{lab.layer}")
+    about = next(folder.glob(f"{recipe}-seed*/config.json"), None)
+    return about and json.loads(about.read_text())["about"].get("n_train")
 
 
 @cache
@@ -175,7 +205,7 @@ def answers_shown(table: pd.DataFrame) -> pd.DataFrame:
     same, as_dear = (table[table.equal == equal].reset_index(drop=True) for equal in EQUAL)
     gain, gain_as_dear = ([in_words(row, SIGNED) for row in of.to_dict("records")] for of in (same, as_dear))
     return pd.DataFrame({
-        "laboratory": same.laboratory, "recipe": same.recipe, "answers": same.n,
+        "laboratory": same.laboratory, "recipe": same.recipe, "trained on": same.trained_on, "answers": same.n,
         "measured retention": same.retention, "constant": same.constant, "DyRate": same.score,
         "gain on the constant": gain, "computation": as_dear.computation, "gain at equal computation": gain_as_dear,
     })  # fmt: skip
@@ -187,10 +217,10 @@ def finding(laboratories: tuple[Measured, ...]) -> str:
     if table.empty:
         return "Trained predictors have not been compared on generated answers."
     for how, of in _by_training(_nearest(losses(laboratories))):
-        parts.append(f"{how}, {_range(of.assign(captured=100 * of.captured), 'captured', '{:.0f} %')}")
+        parts.append(f"{how} captures {_range(of.assign(captured=100 * of.captured), 'captured', '{:.0f} %')}")
     least, most = table.n.min(), table.n.max()
     return (
-        f"{counted(table)} Of the headroom in loss (chapter 12) it captures, {'; '.join(parts)}. FastV's ranking, evicted; "
+        f"{counted(table)} Of the headroom in loss (chapter 12) {'; '.join(parts)}. FastV's ranking, evicted; "
         f"n = {least:,} to {most:,} answers a setting, {table.seeds.max()} trainings, 95 % intervals over both."
     )
 
@@ -207,8 +237,8 @@ def counted(table: pd.DataFrame) -> str:
     for how, of in _by_training(table):
         wins, lost = ({equal: int(side[of.equal == equal].sum()) for equal in EQUAL} for side in (of.low > 0, of.high < 0))
         parts.append(
-            f"{how}, it beats the constant in {wins['retention']} and loses in {lost['retention']} at equal measured retention, "
-            f"and in {wins['computation']} and {lost['computation']} at equal computation"
+            f"{how} beats it in {wins['retention']} and loses in {lost['retention']} of {of.laboratory.nunique()} at equal "
+            f"measured retention, and in {wins['computation']} and {lost['computation']} at equal computation"
         )
     n = table.laboratory.nunique() if parts else 0
     start = f"DyRate's predictor against one constant rate, in generated answers of {n} settings (model and first pruned layer):"
@@ -219,17 +249,15 @@ def _nearest(table: pd.DataFrame) -> pd.DataFrame:
     """Of each laboratory and way to train the row whose mean retention is nearest to the headline's."""
     if table.empty:
         return table
-    paper = table.recipe.str.fullmatch(PAPER.pattern)
     off = (table.cost - BUDGET).abs()
-    return table.loc[off.groupby([table.laboratory, paper], sort=False).idxmin()]
+    return table.loc[off.groupby([table.laboratory, table.recipe.str.split("-").str[0]], sort=False).idxmin()]
 
 
 def _by_training(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """The rows of each way to train, with its name in words; the paper's first."""
-    if table.empty:
-        return []
-    how = ["trained as the paper says" if PAPER.fullmatch(r) else f"trained by `{r.split('-')[0]}`" for r in table.recipe]
-    return list(table.groupby(np.array(how)))
+    names = table.recipe.map(spoken)
+    order = sorted(names.unique(), key=lambda name: (name != "the paper's recipe", name))
+    return [(name, table[names == name]) for name in order]
 
 
 def reasons(lab: Measured) -> str:
@@ -257,8 +285,8 @@ def reasons(lab: Measured) -> str:
 def record(chapter: Chapter, laboratories: tuple[Measured, ...], lab: Measured) -> None:
     """The chapter's headline numbers, sentences and tables. lab: whose gradients are shown."""
     tables = {
-        "losses": losses(laboratories), "answers": answers(laboratories), "variants": variants(lab), "inert": inert(lab),
-        "slopes": slopes(lab),
+        "losses": losses(laboratories), "answers": answers(laboratories), "variants": variants(lab),
+        "reselectable": variants(lab, "mask"), "inert": inert(lab), "slopes": slopes(lab),
     }  # fmt: skip
     for name, rows in tables.items():
         if len(rows):
@@ -272,6 +300,7 @@ def record(chapter: Chapter, laboratories: tuple[Measured, ...], lab: Measured) 
     chapter.text("recipes_finding", finding(laboratories))
     chapter.text("recipes_reasons", reasons(lab))
     chapter.text("recipes_budget", budget_said(tables["variants"]))
+    chapter.text("recipes_reselectable", reselectable_said(lab))
     chapter.text("front_page", f"How many, and when? {counted(answers(laboratories))}")
     for of, rows in answered(laboratories).items():
         n = rows.groupby("task")["sample"].nunique().max()

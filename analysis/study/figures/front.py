@@ -17,9 +17,10 @@ STYLES = {
     "PyramidDrop": {"color": "#009E73", "marker": "^"}, "VisionZip": {"color": "#E69F00", "marker": "D"},
     "RandomPrune": {"color": "#777777", "marker": "x", "linestyle": ":"},
     "DyRate, the paper's recipe": {"color": POLICY_COLOURS["DyRate"], "marker": "*", "markersize": 11},
-    "DyRate, curves": {"color": POLICY_COLOURS["DyRate"], "marker": "P", "markersize": 9},
+    "DyRate, curves once an answer": {"color": POLICY_COLOURS["DyRate"], "marker": "P", "markersize": 9},
+    "DyRate, curves at every step": {"color": POLICY_COLOURS["DyRate"], "marker": "v", "markersize": 9},
 }  # fmt: skip
-OTHER = {"color": POLICY_COLOURS["DyRate"], "marker": "v"}  # a recipe that came later
+OTHER = {"color": POLICY_COLOURS["DyRate"], "marker": "X"}  # a recipe that came later
 SPOKEN = {"RandomPrune": "random pruning"}
 COSTS = {"retention": "measured mean retention ratio (%)", "macs_share": "decoder's multiply-accumulates (% of unpruned)"}
 

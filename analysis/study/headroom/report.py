@@ -21,11 +21,18 @@ from study.headroom.rankings import STATIC
 BUDGETS = (0.5, 0.33, 0.25, 0.15)
 PAPER = re.compile(r"(evict|mask|paper)-[0-9.]+")  # folders of predictors that were trained as the paper does
 BEST_OTHER = "best other recipe"
+SPOKEN = {"curves": "curves once an answer", "curves_each_step": "curves at every step"}  # by the beginning of a recipe's name
 
 
 def recipe_of(name: str) -> str:
     """The recipe in the name of a trained predictor's folder: the name without its seed."""
     return re.sub(r"-seed\d+$", "", name)
+
+
+def spoken(recipe: str) -> str:
+    """The name of a recipe in a sentence or legend: the same whatever its budget."""
+    name = recipe.split("-")[0]
+    return "the paper's recipe" if PAPER.fullmatch(recipe) else SPOKEN.get(name, name)
 
 
 @dataclass(eq=False)
