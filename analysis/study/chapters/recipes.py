@@ -12,7 +12,7 @@ from functools import cache
 import pandas as pd
 
 from study.book import ROOT, Chapter
-from study.chapters.headroom import BUDGET, SIGNED, at_hand, captured_said, dyrate, label, percent
+from study.chapters.headroom import BUDGET, SIGNED, UNIT_NAMES, at_hand, captured_said, dyrate, label, percent
 from study.headroom.confirm import EQUAL, MAX_NEW_TOKENS, by_recipe, controllers, generated, questions
 from study.headroom.frontier import at_budget
 from study.headroom.report import BEST_OTHER, PAPER, Measured, library, recipe_of, spoken
@@ -54,6 +54,18 @@ def beside_policies(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
             row[how] = captured_said(it)
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def by_unit(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
+    """What each recipe gains on the constant of its own cost, teacher-forced, for each unit of cost."""
+    shown = losses(laboratories)[["laboratory", "recipe"]]
+    for unit, said in UNIT_NAMES.items():
+        table = dyrate(laboratories, unit).set_index(["laboratory", "recipe"])
+        rows = [table.loc[key] for key in zip(shown.laboratory, shown.recipe, strict=True)]
+        shown = shown.assign(**{
+            f"{said} (%)": [100 * row.cost for row in rows], f"gain at equal {said}": [in_words(row, SIGNED) for row in rows]
+        })  # fmt: skip
+    return shown
 
 
 def variants(lab: Measured, residency: str = "evict") -> pd.DataFrame:
