@@ -127,6 +127,12 @@ def test_methods_are_measured_one_by_one(tmp_path):
     assert list(before["answers"]) == ["Full"] and before["answers"]["Full"] == after["answers"]["Full"]
     assert [c["label"] for c in read_laboratories(tmp_path)["pocket-plain"]["conditions"]] == list(after["answers"])
     assert list(after["answers"]) == ["Full", "DyRate evict-0.33-seed0"]
+    about = tmp_path / "pocket-plain" / "about.json"
+    about.write_text(about.read_text().replace('"cpu"', '"a GPU"'))
+    for _ in range(2):
+        main([*asked, "DyRate, curves at every step"])
+    there = read_laboratories(tmp_path)["pocket-plain"]
+    assert there["conditions"][-1]["method"] == "DyRate, curves at every step" and there["device"] == "a GPU, cpu"
     with pytest.raises(ValueError, match="traces of other scenes"):
         main([*asked[:-2], "2", "--methods", "Full"])
 

@@ -17,7 +17,7 @@ from study.explorer.measure import MAX_NEW_TOKENS, METHODS, TASK, conditions, ex
 from study.explorer.stored import write_laboratory
 from study.profiles import ROOT
 
-ALL = ("Full", *METHODS, "DyRate", "DyRate, curves")
+ALL = ("Full", *METHODS, "DyRate", "DyRate, curves", "DyRate, curves at every step")
 
 
 def main(argv: list[str] | None = None) -> None:

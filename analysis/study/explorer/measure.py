@@ -53,7 +53,8 @@ def conditions(n_layers: int, predictors: Path) -> list[Condition]:
     """Unpruned, each of METHODS at each of RETENTIONS, and DyRate's predictors of seed 0 at their own budgets, if any."""
     full = Condition("Full", STRATEGIES["Full"](), "Full")
     fixed = [Condition(f"{m} {x:g}", STRATEGIES[m].at(x, n_layers), m, x) for m in METHODS for x in RETENTIONS]
-    trained = [folder for recipe in ("evict", "curves") for folder in sorted(predictors.glob(f"{recipe}-*-seed0"))]
+    recipes = ("evict", "curves", "curves_each_step")
+    trained = [folder for recipe in recipes for folder in sorted(predictors.glob(f"{recipe}-*-seed0"))]
     return [full, *fixed, *map(condition_of, trained)]
 
 

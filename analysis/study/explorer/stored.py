@@ -52,7 +52,8 @@ def write_laboratory(
         write_whole(folder / f"{example.name}.js", f"{HEAD}{text}{TAIL}")
         write_whole(out / "scenes" / f"{example.name}.webp", lambda path, p=picture.image: p.save(path, "WEBP", quality=80))
     if staying:
-        about = about | {key: ", ".join(dict.fromkeys([before[key], about[key]])) for key in ("device", "torch") if key in about}
+        here = {key: dict.fromkeys([*before[key].split(", "), about[key]]) for key in ("device", "torch") if key in about}
+        about = about | {key: ", ".join(names) for key, names in here.items()}
     content = about | {"scenes": scenes, "conditions": list(conditions.values())}
     write_whole(folder / "about.json", json.dumps(content, indent=1) + "\n")
 
