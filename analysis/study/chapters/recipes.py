@@ -57,14 +57,13 @@ def beside_policies(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
 
 
 def by_unit(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
-    """What each recipe gains on the constant of its own cost, teacher-forced, for each unit of cost."""
-    shown = losses(laboratories)[["laboratory", "recipe"]]
+    """What each way to train gains on the constant of its own cost, teacher-forced, for each unit of cost; and that cost."""
+    nearest = _nearest(losses(laboratories))
+    shown = pd.DataFrame({"laboratory": nearest.laboratory, "recipe": nearest.recipe.map(spoken)})
     for unit, said in UNIT_NAMES.items():
         table = dyrate(laboratories, unit).set_index(["laboratory", "recipe"])
-        rows = [table.loc[key] for key in zip(shown.laboratory, shown.recipe, strict=True)]
-        shown = shown.assign(**{
-            f"{said} (%)": [100 * row.cost for row in rows], f"gain at equal {said}": [in_words(row, SIGNED) for row in rows]
-        })  # fmt: skip
+        rows = [table.loc[key] for key in zip(nearest.laboratory, nearest.recipe, strict=True)]
+        shown[f"at equal {said}"] = [f"{in_words(row, SIGNED)} at {100 * row.cost:.0f} %" for row in rows]
     return shown
 
 
@@ -244,17 +243,25 @@ def _range(rows: pd.DataFrame, column: str, form: str) -> str:
 
 
 def counted(table: pd.DataFrame) -> str:
-    """On how many models each way to train beats a constant rate, in one sentence; table: `answers`."""
+    """On how many models each way to train beats a constant rate, and where it gains most; table: `answers`."""
+    if table.empty:
+        return ""
     parts = []
     for how, of in _by_training(table):
-        wins, lost = ({equal: int(side[of.equal == equal].sum()) for equal in EQUAL} for side in (of.low > 0, of.high < 0))
+        better, worse = ({equal: int(side[of.equal == equal].sum()) for equal in EQUAL} for side in (of.low > 0, of.high < 0))
         parts.append(
-            f"{how} beats it in {wins['retention']} and loses in {lost['retention']} of {of.laboratory.nunique()} at equal "
-            f"measured retention, and in {wins['computation']} and {lost['computation']} at equal computation"
+            f"{how[0].upper()}{how[1:]}: better in {better['retention']} and worse in {worse['retention']} of "
+            f"{of.laboratory.nunique()} at equal measured retention, {better['computation']} and {worse['computation']} at equal "
+            "computation"
         )
-    n = table.laboratory.nunique() if parts else 0
-    start = f"DyRate's predictor against one constant rate, in generated answers of {n} settings (model and first pruned layer):"
-    return f"**{start} {'; '.join(parts)}.**" if parts else ""
+    same, as_dear = (table[table.equal == equal].set_index(["laboratory", "recipe"]) for equal in EQUAL)
+    laboratory, recipe = most = same.value.idxmax()
+    start = f"DyRate's predictor against one constant rate, in generated answers of {table.laboratory.nunique()} settings"
+    return (
+        f"**{start} (model and first pruned layer). {'. '.join(parts)}.** (*Curves* learns from losses that were measured at "
+        f"constant rates.) The largest gain in score is that of {spoken(recipe)} on {laboratory}: "
+        f"{in_words(same.loc[most], SIGNED)} at equal retention; at equal computation it is {in_words(as_dear.loc[most], SIGNED)}."
+    )
 
 
 def _nearest(table: pd.DataFrame) -> pd.DataFrame:
