@@ -69,7 +69,7 @@ def test_the_finding_follows_the_intervals(monkeypatch):
     said = recipes.finding(())
     assert "of 2 settings (model and first pruned layer). The paper's recipe: better in 1 and worse in 1 of 2 at" in said
     assert "measured retention, 0 and 2 at equal computation. Curves once an answer: better in 1 and worse in 0 of 2 at" in said
-    assert "the paper's recipe on first: +0.200 (+0.100 to +0.300) at equal retention; at equal computation it is -0.2" in said
+    assert "+0.200 (+0.100 to +0.300) at equal retention, is that of the paper's recipe on first; at equal" in said
     assert "the paper's recipe captures 50 % (first) to 50 % (first); curves once an answer captures 50 %" in said
     assert "n = 20 to 20 answers a setting, 3 trainings" in said
     shown = recipes.answers_shown(recipes.answers(()))

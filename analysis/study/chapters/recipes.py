@@ -259,8 +259,8 @@ def counted(table: pd.DataFrame) -> str:
     start = f"DyRate's predictor against one constant rate, in generated answers of {table.laboratory.nunique()} settings"
     return (
         f"**{start} (model and first pruned layer). {'. '.join(parts)}.** (*Curves* learns from losses that were measured at "
-        f"constant rates.) The largest gain in score is that of {spoken(recipe)} on {laboratory}: {in_words(same.loc[most], SIGNED)} "
-        f"at equal retention; at equal computation it is {in_words(as_dear.loc[most], SIGNED)}."
+        f"constant rates.) The largest gain in score, {in_words(same.loc[most], SIGNED)} at equal retention, is that of "
+        f"{spoken(recipe)} on {laboratory}; at equal computation it is {in_words(as_dear.loc[most], SIGNED)}."
     )
 
 
