@@ -343,8 +343,11 @@ def test_what_is_answered_has_constants_schedules_and_the_predictors_of_its_resi
     trained = measure.trained_here(measure.ROOT / "data" / "pocket-plain" / "dyrate", 2, lab.model)
     asked = confirm.conditions(report.Measured(tables), "evict", [0.4], trained)
     labels = [c.label for c in asked]
-    assert len(set(labels)) == len(labels) == 1 + 6 + 2 * 2 + len(trained) and {c.method for c in asked} >= {"DyRate evict-0.33"}
-    assert not any(c.method.startswith("DyRate") for c in confirm.conditions(report.Measured(tables), "mask", [], trained))
+    evicting = sum(strategy.residency == "evict" for strategy in trained.values())
+    assert 0 < evicting < len(trained)
+    assert len(set(labels)) == len(labels) == 1 + 6 + 2 * 2 + evicting and {c.method for c in asked} >= {"DyRate evict-0.33"}
+    masking = confirm.conditions(report.Measured(tables), "mask", [], trained)
+    assert {c.method for c in masking if c.method.startswith("DyRate")} == {"DyRate curves_mask-0.25"}
 
 
 def test_scored_answers_stay_and_only_what_they_lack_is_asked(tables, tmp_path, monkeypatch):

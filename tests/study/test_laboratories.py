@@ -111,7 +111,11 @@ def tiny_language() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
         vocab_size=len(wrapped), hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2,
     )  # fmt: skip
-    return smol_parts.with_image_token(LlamaForCausalLM(config), wrapped)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.bfloat16().float())  # so that a training in bfloat16 has the same
+    return smol_parts.with_image_token(model, wrapped)
 
 
 @pytest.fixture
@@ -180,9 +184,12 @@ def test_only_adapter_and_projector_are_trained(run):
     assert changed == {n for n in before if "lora_" in n or "projector" in n}
 
 
-def test_assembled_model_answers_as_the_trained_one(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16 where frozen"])
+def test_assembled_model_answers_as_the_trained_one(run, tmp_path, monkeypatch, half):
     from study.smol import assemble as module
 
+    monkeypatch.setattr(smol_train, "fast_bfloat16", lambda device: half)  # whatever this machine's processor is
+    monkeypatch.setattr("study.pocket.objectives.fast_bfloat16", lambda device: half)
     one = run("one")
     one.train()
     one.export(tmp_path / "out")
@@ -192,6 +199,7 @@ def test_assembled_model_answers_as_the_trained_one(run, tmp_path, monkeypatch):
     asked = examples("laboratories", 2, tasks=["caption"])
     inputs = dyrate.encode(processor, [e.image() for e in asked], [e.prompt for e in asked])
     one.model.model.language_model.config._attn_implementation = "sdpa"
+    one.model.float()
     with torch.no_grad():
         for p in [*one.trained().values(), *one.model.model.vision_tower.parameters()]:
             p.copy_(p.bfloat16().float())  # as what is ours is stored
