@@ -125,7 +125,7 @@ def test_the_papers_recipe_is_told_with_each_budget():
 
 
 def test_recipes_stand_beside_what_they_could_have_learned(monkeypatch):
-    share = {"schedule": 0.1, "constant by task": 0.7}
+    share = {"schedule": 0.1, "constant by task": 0.7, "schedule by task": 0.8}
     reached = {f"{policy}: captured": {"value": v, "low": v, "high": v} for policy, v in share.items()}
     far = row_of("evict-0.75", "first", 0.1, 0.2, cost=0.75, captured=0.9)
     monkeypatch.setattr(recipes, "library", lambda *_: None)
@@ -134,7 +134,7 @@ def test_recipes_stand_beside_what_they_could_have_learned(monkeypatch):
     labs = tuple(SimpleNamespace(name=name, layer=2) for name in ("first", "without predictors"))
     row, other = recipes.beside_policies(labs).to_dict("records")
     assert other["one schedule for all"] == row["one schedule for all"]
-    assert [row[c].split(" (")[0] for c in row if c != "laboratory"] == ["10 %", "70 %", "50 %"]  # the nearest budget's
+    assert [row[c].split(" (")[0] for c in row if c != "laboratory"] == ["10 %", "70 %", "80 %", "50 %"]  # the nearest budget's
 
 
 def test_without_predictors_the_pages_say_so(monkeypatch):

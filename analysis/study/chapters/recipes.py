@@ -21,6 +21,10 @@ from study.intervals import bootstrap, in_words
 DISTANCE = 4  # steps of the grid on both sides over which a slope counts as measured
 MEASURED, BACKWARD = "measured", "backward"
 OWN = "the paper's"
+POLICIES = {  # of chapter 12, in words
+    "schedule": "one schedule for all", "constant by task": "one constant for each task",
+    "schedule by task": "one schedule for each task",
+}  # fmt: skip
 VARIANTS = {
     "evict_macs": "the paper's with a budget in multiply-accumulates", "evict_mix": "the paper's, trained on all eight tasks",
     "evict_each_task": "the paper's, every task held to the budget",
@@ -43,11 +47,11 @@ def losses(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
 
 
 def beside_policies(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
-    """Captured headroom of each recipe beside that of the two things it could have learned: one schedule, a constant by task."""
+    """Captured headroom of each recipe beside that of what it could have learned: a schedule, a constant or schedule by task."""
     own, rows = _nearest(losses(laboratories)), []
     for lab in laboratories:
         row, reached = {"laboratory": label(lab)}, at_budget(library(lab, "FastV", "evict"), BUDGET)
-        for policy, said in (("schedule", "one schedule for all"), ("constant by task", "one constant for each task")):
+        for policy, said in POLICIES.items():
             row[said] = percent(*(reached[f"{policy}: captured"][end] for end in ("value", "low", "high")))
         for how, trained_so in _by_training(own[own.laboratory == label(lab)]):
             (it,) = trained_so.itertuples()
