@@ -81,11 +81,11 @@ def test_the_tower_runs_once_and_answers_stay_the_same(pocket, tmp_path, beams):
     conditions = [Condition(type(s).__name__, s, type(s).__name__, settings={"num_beams": beams}) for s in tried]
     runs = []
     handle = model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
-    found = answer_all(*pocket, conditions, asked, tmp_path, max_new_tokens=12, batch_size=3, progress=False).set_index("label")
+    found = answer_all(*pocket, conditions, asked, tmp_path, max_new_tokens=5, batch_size=3, progress=False).set_index("label")
     handle.remove()
     assert len(runs) == 2 * (1 + sum("vision" in s.needs for s in tried))
     for strategy in tried:
-        loop = answer_examples(model, processor, asked, strategy, batch_size=3, max_new_tokens=12, num_beams=beams)
+        loop = answer_examples(model, processor, asked, strategy, batch_size=3, max_new_tokens=5, num_beams=beams)
         expected = [(text, float(r.mean())) for _, _, a in loop for text, r in zip(a.texts, a.retention(), strict=True)]
         rows = found.loc[type(strategy).__name__]
         assert list(zip(rows.answer, rows.retention, strict=True)) == expected
