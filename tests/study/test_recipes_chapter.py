@@ -109,8 +109,9 @@ def test_re_selectable_tokens_stand_beside_evicted_ones(monkeypatch):
 
     monkeypatch.setattr(recipes, "variants", table)
     said = recipes.reselectable_said(SimpleNamespace(name="first", trained=True))
-    assert "re-selectable, a constant rate loses 0.700" in said and "gains +0.600 (+0.500 to +0.700) on it (+0.200" in said
-    assert "are evicted, a constant rate loses 0.700" in said and "gains +0.100 (+0.000 to +0.200) on it (-0.300" in said
+    assert "re-selectable, one constant rate has a loss of 0.700" in said
+    assert "lowers it by 0.600 (0.500 to 0.700), against the constant of equal computation by 0.200 (0.100 to 0.300)" in said
+    assert "are evicted, one constant" in said and "by 0.100 (0.000 to 0.200), against the constant of equal" in said
     assert recipes.reselectable_said(SimpleNamespace(name="first", trained=False)).startswith("No predictor")
 
 

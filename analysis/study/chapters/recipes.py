@@ -134,9 +134,9 @@ def reselectable_said(lab: Measured) -> str:
             return "No predictor was trained for re-selectable tokens."
         same, as_dear = (own.loc[equal] for equal in EQUAL)
         parts.append(
-            f"where dropped tokens {where}, a constant rate loses {same.constant:.3f} nats a token at a mean retention of "
-            f"{same.cost:.2f}, and a predictor that chooses at every step gains {in_words(same, SIGNED)} on it "
-            f"({in_words(as_dear, SIGNED)} at equal computation)"
+            f"where dropped tokens {where}, one constant rate has a loss of {same.constant:.3f} nats a token at a mean retention "
+            f"of {same.cost:.2f}, and choosing at every step lowers it by {in_words(same, '.3f')}, against the constant of equal "
+            f"computation by {in_words(as_dear, '.3f')}"
         )
     return f"On {lab.name}, {'; '.join(parts)}. What stays in memory saves neither cache nor prefill."
 
