@@ -218,12 +218,11 @@ def answers_shown(table: pd.DataFrame) -> pd.DataFrame:
     if table.empty:
         return pd.DataFrame({"laboratory": ["no answers of trained predictors are generated yet"]})
     same, as_dear = (table[table.equal == equal].reset_index(drop=True) for equal in EQUAL)
-    gain, gain_as_dear = ([in_words(row, SIGNED) for row in of.to_dict("records")] for of in (same, as_dear))
-    return pd.DataFrame({
-        "laboratory": same.laboratory, "recipe": same.recipe, "trained on": same.trained_on, "answers": same.n,
-        "measured retention": same.retention, "constant": same.constant, "DyRate": same.score,
-        "gain on the constant": gain, "computation": as_dear.computation, "gain at equal computation": gain_as_dear,
-    })  # fmt: skip
+    shown = same[["laboratory", "recipe", "trained_on", "n", "score"]]
+    shown = shown.rename(columns={"trained_on": "trained on", "n": "answers"})
+    for of, cost in zip((same, as_dear), EQUAL, strict=True):
+        shown[f"gain at equal {cost}"] = [f"{in_words(row, SIGNED)} at {100 * row[cost]:.0f} %" for row in of.to_dict("records")]
+    return shown
 
 
 def finding(laboratories: tuple[Measured, ...]) -> str:
