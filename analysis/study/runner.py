@@ -189,18 +189,18 @@ def where(notebook: Path, profile: str, values: dict) -> tuple[Path, Path]:
     return ROOT / "build" / "analysis" / profile / notebook.name, ROOT / results / f"{notebook.stem}.json"
 
 
-def drawn_from(executed: Path) -> Path:
-    """The file beside a drawn notebook with the provenance of the drawing; that of the measuring is in its results."""
-    return executed.with_suffix(".drawn.json")
+def made_from(executed: Path) -> Path:
+    """The file beside an executed notebook with what it was made from: its results may be another run's, that came with git."""
+    return executed.with_suffix(".made.json")
 
 
 def changes(notebook: Path, profile: str, values: dict) -> list[str]:
     """Which conditions differ from those under which the chapter was last measured."""
     executed, headline = where(notebook, profile, values)
     state = fingerprint(notebook, values)
-    about = recorded(drawn_from(executed) if values.get("draw") else headline)
-    known = about.get("inputs", {}) if executed.exists() else {}
-    return [name for name, value in state.items() if value != known.get(name)]
+    written = [made_from(executed)] if values.get("draw") else [made_from(executed), headline]
+    known = [recorded(path).get("inputs", {}) if executed.exists() else {} for path in written]
+    return [name for name, value in state.items() if any(value != inputs.get(name) for inputs in known)]
 
 
 def recorded_seconds(notebook: Path, values: dict, profile: str) -> float:
@@ -296,16 +296,16 @@ def finish(chapter: Running, jobs: int, expected: float | None = None) -> bool:
         print(f"error: {notebook.name} does not close its chapter", file=sys.stderr)
     elif chapter.process.exitcode == 0:
         content, rows = json.loads(headline.read_text()), rows_of(headline.parent, notebook.stem)
+        state = chapter.state if chapter.values.get("draw") else chapter.state | trained_here(notebook, chapter.values)
         if chapter.values.get("draw"):
             content |= {"provenance": json.loads((rows / PROVENANCE).read_text()), "drawn": True}
-            write_whole(drawn_from(executed), json.dumps({"provenance": {"inputs": chapter.state}}) + "\n")
         else:
-            state = chapter.state | trained_here(notebook, chapter.values)
             content["provenance"] = provenance(chapter.profile, chapter.values, state, seconds, jobs)
             if rows.exists():
                 write_whole(rows / PROVENANCE, json.dumps(content["provenance"], indent=1) + "\n")
         write_whole(headline, json.dumps(content, indent=1) + "\n")
         part.replace(executed)
+        write_whole(made_from(executed), json.dumps({"provenance": {"inputs": state}}) + "\n")
         estimate = f", {expected:.0f} s were estimated" if expected is not None else ""
         print(f"{notebook.stem}: done in {seconds:.1f} s{estimate}", flush=True)
         return True

@@ -120,7 +120,7 @@ def test_a_failure_is_named_and_the_others_finish(study, capfd):
     assert "error: cell 2 of 01_sleeps.ipynb failed: OverflowError: on purpose" in err
     assert "cell 2 of 02_trains.ipynb failed: AssertionError" in err
     assert "error: 03_reads needs the predictors that 02_trains trains: not run" in err and "Traceback" not in err
-    executed = sorted(path.name for path in (study / "build" / "analysis" / "tiny").iterdir())
+    executed = sorted(path.name for path in (study / "build" / "analysis" / "tiny").glob("*.ipynb"))
     assert executed == ["01_sleeps.failed.ipynb", "02_trains.failed.ipynb", "04_sleeps.ipynb"]
     assert found(study, "04_sleeps")["provenance"]
     parameters(study)
@@ -205,6 +205,15 @@ def test_what_has_changed_is_measured_anew(study, capfd):
     assert runner.main(["--profile", "tiny"]) == 0  # trained anew, as it was first
     out = capfd.readouterr().out
     assert "02_trains: changed since it was measured: parameters" in out and "03_reads: done" in out
+
+
+def test_results_that_came_with_git_do_not_make_an_older_notebook_new(study, capfd):
+    assert runner.main(["--profile", "tiny", "--only", "04"]) == 0
+    made = study / "build" / "analysis" / "tiny" / "04_sleeps.made.json"
+    made.write_text(made.read_text().replace('"code": "', '"code": "older '))  # the results beside it are of the code of today
+    capfd.readouterr()
+    assert runner.main(["--profile", "tiny", "--only", "04"]) == 0
+    assert "04_sleeps: changed since it was measured: code" in capfd.readouterr().out
 
 
 def test_the_fingerprint_covers_contents(study, monkeypatch):
