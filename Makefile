@@ -73,9 +73,9 @@ variants: .venv/installed
 	  for features in shares tokens entropy hidden; do $(RUN) analysis/train.py $(LEARN) --n-train $(ANSWERS) --recipe curves \
 	    --features $$features --ordered --once --steps 800 --accumulate 16 --seed $$seed \
 	    --out build/variants/$(LAB)/curves_$$features-0.25-seed$$seed || exit 1; done; \
-	  for each in "mask:log_shares --residency mask" step:step; do $(RUN) analysis/train.py $(LEARN) --n-train $(ANSWERS) \
-	    --recipe curves --features $${each#*:} --ordered --steps 800 --accumulate 16 --seed $$seed \
-	    --out build/variants/$(LAB)/curves_$${each%%:*}-0.25-seed$$seed || exit 1; done; \
+	  for which in "mask:--features log_shares --residency mask" "step:--features step"; do $(RUN) analysis/train.py $(LEARN) \
+	    --n-train $(ANSWERS) --recipe curves $${which#*:} --ordered --steps 800 --accumulate 16 --seed $$seed \
+	    --out build/variants/$(LAB)/curves_$${which%:*}-0.25-seed$$seed || exit 1; done; \
 	  $(RUN) analysis/train.py $(LEARN) --tasks description caption qa_count qa_place --n-train 48 --batch 8 --unit macs \
 	    --budget 0.65 --seed $$seed --out build/variants/$(LAB)/evict_macs-0.65-seed$$seed || exit 1; \
 	  $(RUN) analysis/train.py $(LEARN) --n-train 24 --batch 8 --budget 0.33 --seed $$seed \

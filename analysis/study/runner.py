@@ -296,10 +296,11 @@ def finish(chapter: Running, jobs: int, expected: float | None = None) -> bool:
         print(f"error: {notebook.name} does not close its chapter", file=sys.stderr)
     elif chapter.process.exitcode == 0:
         content, rows = json.loads(headline.read_text()), rows_of(headline.parent, notebook.stem)
-        state = chapter.state if chapter.values.get("draw") else chapter.state | trained_here(notebook, chapter.values)
+        state = chapter.state
         if chapter.values.get("draw"):
             content |= {"provenance": json.loads((rows / PROVENANCE).read_text()), "drawn": True}
         else:
+            state = state | trained_here(notebook, chapter.values)
             content["provenance"] = provenance(chapter.profile, chapter.values, state, seconds, jobs)
             if rows.exists():
                 write_whole(rows / PROVENANCE, json.dumps(content["provenance"], indent=1) + "\n")

@@ -98,21 +98,21 @@ def test_each_variant_is_described(monkeypatch):
     assert list(shown["what it is"]) == ["the paper's", "reads the newest token's hidden state"]
 
 
-def test_re_selectable_tokens_stand_beside_evicted_ones(monkeypatch):
-    def table(lab, residency):
-        if residency == "mask" and not lab.trained:
-            return pd.DataFrame(columns=["recipe", "equal"])
-        recipe = "curves_mask-0.25" if residency == "mask" else "curves_each_step-0.25"
-        shift = 0.5 if residency == "mask" else 0
+def test_re_selectable_tokens_stand_beside_evicted_ones():
+    def table(recipe, shift):
         rows = [(recipe, shift, "retention"), ("curves-0.25", 7, "retention"), (recipe, shift - 0.4, "computation")]
         return pd.DataFrame([row_of(name, "first", low, low + 0.2, equal=equal) for name, low, equal in rows])
 
-    monkeypatch.setattr(recipes, "variants", table)
-    said = recipes.reselectable_said(SimpleNamespace(name="first", trained=True))
+    evicted = table("curves_each_step-0.25", 0)
+    said = recipes.reselectable_said(table("curves_mask-0.25", 0.5), evicted)
+    assert said.startswith("On first, where dropped tokens stay in memory")
     assert "re-selectable, one constant rate has a loss of 0.700" in said
     assert "lowers it by 0.600 (0.500 to 0.700), against the constant of equal computation by 0.200 (0.100 to 0.300)" in said
     assert "are evicted, one constant" in said and "by 0.100 (0.000 to 0.200), against the constant of equal" in said
-    assert recipes.reselectable_said(SimpleNamespace(name="first", trained=False)).startswith("No predictor")
+    far = [row_of("curves_each_step-0.5", "first", 5, 6, equal=equal, cost=0.5) for equal in recipes.EQUAL]
+    both = pd.concat([pd.DataFrame(far), evicted], ignore_index=True)
+    assert recipes.reselectable_said(table("curves_mask-0.25", 0.5), both) == said
+    assert recipes.reselectable_said(pd.DataFrame(columns=["recipe", "equal"]), evicted).startswith("No predictor")
 
 
 def test_the_papers_recipe_is_told_with_each_budget():

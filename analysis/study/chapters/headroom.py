@@ -11,14 +11,13 @@ from study.examples import examples
 from study.headroom.confirm import MAX_NEW_TOKENS, confirmed, generated, questions
 from study.headroom.frontier import POLICIES, at_budget, curves, number
 from study.headroom.library import LIBRARIES, UNITS
-from study.headroom.report import BEST_OTHER, PAPER, Measured, captured, cost_of_constant, library
+from study.headroom.report import BEST_OTHER, EVERYWHERE, PAPER, Measured, captured, cost_of_constant, library
 from study.intervals import MATTERS, against_bound, in_words
 
 BUDGET = 0.25  # of the headline
 SHOWN = (0.0625, 0.125, 0.1875, 0.25, 0.33, 0.4, 0.5, 0.65, 0.8, 1.0)  # costs at which curves are drawn
 SIGNED = "+.3f"  # the format of a gain
 BEST = "best for each answer"
-EVERYWHERE = r"(evict|curves|curves_each_step)-[0-9.]+"  # recipes, the paper's first, that are trained for every laboratory
 GAINING = tuple(policy.name for policy in POLICIES if policy.name != "constant")
 TOLD = ("schedule", "schedule by task", "by features", BEST)  # ways to choose in the finding and its table; the others: CSV
 SAID = {
@@ -105,7 +104,7 @@ def _trained_in(lab: Measured, unit: str, residency: str) -> list[dict]:
 def at_hand(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
     """Of `dyrate` what is shown of every laboratory: the recipes that are trained for all, and the best but the paper's."""
     table = dyrate(laboratories)
-    return table[table.recipe.str.fullmatch(EVERYWHERE) | (table.recipe == BEST_OTHER)]
+    return table[table.recipe.str.fullmatch(rf"({'|'.join(EVERYWHERE)})-[0-9.]+") | (table.recipe == BEST_OTHER)]
 
 
 @cache

@@ -21,7 +21,7 @@ from study.intervals import bootstrap, in_words
 DISTANCE = 4  # steps of the grid on both sides over which a slope counts as measured
 MEASURED, BACKWARD = "measured", "backward"
 OWN = "the paper's"
-POLICIES = {  # of chapter 12, in words
+COULD_LEARN = {  # policies of chapter 12, in words
     "schedule": "one schedule for all", "constant by task": "one constant for each task",
     "schedule by task": "one schedule for each task",
 }  # fmt: skip
@@ -51,7 +51,7 @@ def beside_policies(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
     own, rows = _nearest(losses(laboratories)), []
     for lab in laboratories:
         row, reached = {"laboratory": label(lab)}, at_budget(library(lab, "FastV", "evict"), BUDGET)
-        for policy, said in POLICIES.items():
+        for policy, said in COULD_LEARN.items():
             row[said] = percent(*(reached[f"{policy}: captured"][end] for end in ("value", "low", "high")))
         for how, trained_so in _by_training(own[own.laboratory == label(lab)]):
             (it,) = trained_so.itertuples()
@@ -124,21 +124,26 @@ def budget_said(table: pd.DataFrame) -> str:
     )
 
 
-def reselectable_said(lab: Measured) -> str:
-    """What a choice at every step gains where dropped tokens stay in memory, beside the same recipe where they leave it."""
+def reselectable_said(masked: pd.DataFrame, evicted: pd.DataFrame) -> str:
+    """What a choice at every step gains where dropped tokens stay in memory, beside the same recipe where they leave it.
+
+    masked, evicted: `variants` of one laboratory in either residency.
+    """
     parts = []
-    for residency, where in (("mask", "stay in memory and are re-selectable"), ("evict", "are evicted")):
-        table = variants(lab, residency)
-        own = table[table.recipe.str.fullmatch(r"(curves_mask|curves_each_step)-[0-9.]+")].set_index("equal")
+    for table, name, where in (
+        (masked, "curves_mask", "stay in memory and are re-selectable"), (evicted, "curves_each_step", "are evicted"),
+    ):  # fmt: skip
+        own, as_dear = (table[table.recipe.str.fullmatch(rf"{name}-[0-9.]+") & (table.equal == equal)] for equal in EQUAL)
         if own.empty:
             return "No predictor was trained for re-selectable tokens."
-        same, as_dear = (own.loc[equal] for equal in EQUAL)
+        same = _nearest(own).iloc[0]
+        as_dear = as_dear.set_index("recipe").loc[same.recipe]
         parts.append(
             f"where dropped tokens {where}, one constant rate has a loss of {same.constant:.3f} nats a token at a mean retention "
             f"of {same.cost:.2f}, and choosing at every step lowers it by {in_words(same, '.3f')}, against the constant of equal "
             f"computation by {in_words(as_dear, '.3f')}"
         )
-    return f"On {lab.name}, {'; '.join(parts)}. What stays in memory saves neither cache nor prefill."
+    return f"On {same.laboratory}, {'; '.join(parts)}. What stays in memory saves neither cache nor prefill."
 
 
 @cache
@@ -146,8 +151,8 @@ def answers(laboratories: tuple[Measured, ...]) -> pd.DataFrame:
     """The same in the score of generated answers; laboratories without any are left out."""
     found = []
     for lab, rows in answered(laboratories).items():
-        table = controllers(rows).assign(laboratory=label(lab))
-        found.append(table.assign(trained_on=[trained_on(lab, recipe) for recipe in table.recipe]))
+        table = controllers(rows)
+        found.append(table.assign(laboratory=label(lab), trained_on=[trained_on(lab, recipe) for recipe in table.recipe]))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["laboratory", "recipe"])
 
 
@@ -272,7 +277,7 @@ def _nearest(table: pd.DataFrame) -> pd.DataFrame:
     if table.empty:
         return table
     off = (table.cost - BUDGET).abs()
-    return table.loc[off.groupby([table.laboratory, table.recipe.str.split("-").str[0]], sort=False).idxmin()]
+    return table.loc[off.groupby([table.laboratory, table.recipe.map(spoken)], sort=False).idxmin()]
 
 
 def _by_training(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -322,7 +327,7 @@ def record(chapter: Chapter, laboratories: tuple[Measured, ...], lab: Measured) 
     chapter.text("recipes_finding", finding(laboratories))
     chapter.text("recipes_reasons", reasons(lab))
     chapter.text("recipes_budget", budget_said(tables["variants"]))
-    chapter.text("recipes_reselectable", reselectable_said(lab))
+    chapter.text("recipes_reselectable", reselectable_said(tables["reselectable"], tables["variants"]))
     chapter.text("front_page", f"How many, and when? {counted(answers(laboratories))}")
     for of, rows in answered(laboratories).items():
         n = rows.groupby("task")["sample"].nunique().max()

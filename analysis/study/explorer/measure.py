@@ -21,6 +21,7 @@ from dyrate.segments import Segments, find_segments, system_ids
 from dyrate.strategies import STRATEGIES
 from study import controls  # noqa: F401  (registers its strategies)
 from study.answers import Condition
+from study.headroom.report import EVERYWHERE
 from study.predictors import condition_of
 from study.scores import Mark, marked
 
@@ -53,8 +54,7 @@ def conditions(n_layers: int, predictors: Path) -> list[Condition]:
     """Unpruned, each of METHODS at each of RETENTIONS, and DyRate's predictors of seed 0 at their own budgets, if any."""
     full = Condition("Full", STRATEGIES["Full"](), "Full")
     fixed = [Condition(f"{m} {x:g}", STRATEGIES[m].at(x, n_layers), m, x) for m in METHODS for x in RETENTIONS]
-    recipes = ("evict", "curves", "curves_each_step")
-    trained = [folder for recipe in recipes for folder in sorted(predictors.glob(f"{recipe}-*-seed0"))]
+    trained = [folder for recipe in EVERYWHERE for folder in sorted(predictors.glob(f"{recipe}-*-seed0"))]
     return [full, *fixed, *map(condition_of, trained)]
 
 

@@ -22,6 +22,7 @@ BUDGETS = (0.5, 0.33, 0.25, 0.15)
 PAPER = re.compile(r"(evict|mask|paper)-[0-9.]+")  # folders of predictors that were trained as the paper does
 BEST_OTHER = "best other recipe"
 SPOKEN = {"curves": "curves once an answer", "curves_each_step": "curves at every step"}  # by the beginning of a recipe's name
+EVERYWHERE = ("evict", *SPOKEN)  # such beginnings, of what is trained for every laboratory; the paper's first
 
 
 def recipe_of(name: str) -> str:
